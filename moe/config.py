@@ -1,0 +1,217 @@
+"""Frozen, validated descriptions of a model: data alone, no arrays and no names of models.
+
+Dims used across the package: `B` batch, `T` query position, `S` key position, `N` flattened tokens,
+`D` model width, `F` MLP or expert hidden width, `V` vocabulary, `L` layers, `H`/`Hkv`/`Dh` heads,
+key-value heads, head width, `E` experts, `K` experts per token, `C` slots per expert.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from moe.errors import InputError
+
+ScoreFunction = Literal['softmax', 'sigmoid']
+Normalize = Literal['none', 'before', 'after']
+Dispatch = Literal['dense', 'capacity', 'grouped']
+Activation = Literal['silu', 'gelu']
+QKNorm = Literal['none', 'head', 'full']
+Remat = Literal['none', 'dots', 'full']
+DType = Literal['float32', 'bfloat16', 'float16']
+
+
+def require(condition: bool, where: str, required: str, received: object) -> None:
+    """Raises an `InputError` that names the field, the requirement and the value received."""
+    if not condition:
+        raise InputError(f'{where} must be {required}; received {received!r}.')
+
+
+def _one_of(where: str, value: object, literal: object) -> None:
+    choices = get_args(literal)
+    require(value in choices, where, f'one of {", ".join(map(repr, choices))}', value)
+
+
+def _positive(where: str, value: object) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    require(valid, where, 'a positive integer', value)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention with rotary positions.
+
+    Attributes:
+        num_heads: `H`, query heads.
+        num_kv_heads: `Hkv`, key and value heads; divides `num_heads`.
+        head_dim: `Dh`, even.
+        qk_norm: RMSNorm of queries and keys before RoPE: 'none', 'head' (each head by itself, as Qwen3)
+            or 'full' (the flattened projection, as OLMoE).
+        rope_theta: base of the rotary frequencies.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qk_norm: QKNorm = 'none'
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in ('num_heads', 'num_kv_heads', 'head_dim'):
+            _positive(f'attention.{name}', getattr(self, name))
+        _one_of('attention.qk_norm', self.qk_norm, QKNorm)
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            'attention.num_heads',
+            f'a multiple of num_kv_heads={self.num_kv_heads}',
+            self.num_heads,
+        )
+        require(self.head_dim % 2 == 0, 'attention.head_dim', 'even (RoPE)', self.head_dim)
+        require(self.rope_theta > 0, 'attention.rope_theta', 'positive', self.rope_theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """Token-choice top-k routing, as data.
+
+    The router computes `s = score(x @ W)` in float32, chooses the `K` experts with the largest
+    `s + selection_bias`, and weighs them by `s`, never by the biased score.
+
+    Attributes:
+        num_experts: `E`.
+        experts_per_token: `K`, at most `E`.
+        score: 'softmax' over the experts, or an elementwise 'sigmoid'.
+        normalize: 'none' takes the scores as they are; 'before' divides each score by the sum over all
+            `E` experts before the choice (softmax scores are so already); 'after' divides the chosen
+            weights by their sum over the `K` chosen (`norm_topk_prob` elsewhere).
+        scale: multiplies the weights after any normalisation (`routed_scaling_factor` elsewhere).
+        eps: added to the sum that 'before' and 'after' divide by.
+        selection_bias: whether loss-free balancing keeps a bias per expert, in the `routing` variables.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    score: ScoreFunction = 'softmax'
+    normalize: Normalize = 'after'
+    scale: float = 1.0
+    eps: float = 1e-20
+    selection_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _positive('router.num_experts', self.num_experts)
+        _positive('router.experts_per_token', self.experts_per_token)
+        _one_of('router.score', self.score, ScoreFunction)
+        _one_of('router.normalize', self.normalize, Normalize)
+        require(
+            self.experts_per_token <= self.num_experts,
+            'router.experts_per_token',
+            f'at most num_experts={self.num_experts}',
+            self.experts_per_token,
+        )
+        require(self.scale > 0, 'router.scale', 'positive', self.scale)
+        require(self.eps >= 0, 'router.eps', 'zero or more', self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Routed experts, an optional shared one, and which layers have them.
+
+    Attributes:
+        router: how tokens choose experts.
+        expert_dim: `F` of one routed expert.
+        shared_dim: hidden width of the shared expert that every token passes, ungated; 0 for none.
+        dispatch: 'dense' (every expert on every token: the oracle), 'capacity' (at most `C` tokens of a
+            sequence an expert, the rest dropped and counted) or 'grouped' (dropless).
+        capacity_factor: `C = ceil(T * K / E * capacity_factor)` slots per expert and sequence; used by
+            'capacity' alone.
+        first_dense_layers: layers below this index keep a dense MLP.
+        layer_step: of the rest, layer i has experts where (i + 1) % layer_step == 0.
+        layers: the MoE layers by index; overrides the two fields above.
+    """
+
+    router: RouterConfig
+    expert_dim: int
+    shared_dim: int = 0
+    dispatch: Dispatch = 'grouped'
+    capacity_factor: float = 1.25
+    first_dense_layers: int = 0
+    layer_step: int = 1
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _positive('moe.expert_dim', self.expert_dim)
+        require(self.shared_dim >= 0, 'moe.shared_dim', 'zero or more', self.shared_dim)
+        _one_of('moe.dispatch', self.dispatch, Dispatch)
+        require(self.capacity_factor > 0, 'moe.capacity_factor', 'positive', self.capacity_factor)
+        require(
+            self.first_dense_layers >= 0,
+            'moe.first_dense_layers',
+            'zero or more',
+            self.first_dense_layers,
+        )
+        _positive('moe.layer_step', self.layer_step)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) routes to experts."""
+        if self.layers is not None:
+            return layer in self.layers
+        return layer >= self.first_dense_layers and (layer + 1) % self.layer_step == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """A decoder-only transformer: pre-norm blocks of attention and a gated MLP or experts.
+
+    Attributes:
+        vocab_size: `V`.
+        num_layers: `L`.
+        embed_dim: `D`.
+        mlp_dim: `F` of the dense layers' gated MLP.
+        attention: the attention of every layer.
+        moe: the experts; None for a dense model.
+        activation: of the gate: 'silu' or 'gelu' (tanh approximation).
+        norm_eps: added to the mean square in every RMSNorm.
+        tie_embeddings: whether the output head is the transposed embedding.
+        scan_layers: stack layers of one kind and scan over them, so compile time does not grow with `L`.
+        remat: what a block keeps for its backward pass: 'none' recomputes nothing, 'dots' keeps matrix
+            products without batch dims, 'full' keeps the block's input alone.
+        dtype: of activations and matrix products (norms, router and softmax stay float32).
+        param_dtype: of the stored parameters.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    attention: AttentionConfig
+    moe: MoEConfig | None = None
+    activation: Activation = 'silu'
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    scan_layers: bool = True
+    remat: Remat = 'none'
+    dtype: DType = 'float32'
+    param_dtype: DType = 'float32'
+
+    def __post_init__(self) -> None:
+        for name in ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim'):
+            _positive(f'model.{name}', getattr(self, name))
+        _one_of('model.activation', self.activation, Activation)
+        _one_of('model.remat', self.remat, Remat)
+        _one_of('model.dtype', self.dtype, DType)
+        _one_of('model.param_dtype', self.param_dtype, DType)
+        require(self.norm_eps > 0, 'model.norm_eps', 'positive', self.norm_eps)
+        if self.moe is not None:
+            outside = [i for i in self.moe.layers or () if not 0 <= i < self.num_layers]
+            require(not outside, 'moe.layers', f'indices in [0, {self.num_layers})', outside)
+            require(
+                any(self.moe_layers),
+                'moe',
+                'None for a model without MoE layers',
+                self.moe,
+            )
+
+    @property
+    def moe_layers(self) -> tuple[bool, ...]:
+        """Per layer, whether it routes to experts."""
+        return tuple(
+            self.moe is not None and self.moe.has_experts(layer) for layer in range(self.num_layers)
+        )

@@ -1,0 +1,16 @@
+"""Every test sees eight CPU devices, float32 products in full precision, and no stray promotion."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax  # noqa: E402
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_threefry_partitionable', True)
+
+
+def pytest_sessionstart() -> None:
+    """Fails the whole run, rather than skipping, where the eight devices are missing."""
+    assert jax.device_count() == 8, f'tests need 8 CPU devices; found {jax.device_count()}'
