@@ -18,7 +18,9 @@ from moe.errors import InputError
 T = TypeVar('T')
 
 
-def build(cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, path: str, **known: Any) -> T:
+def build(
+    cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, path: str, **known: Any
+) -> T:
     """Builds `cls` from the mapping found at `path` of the config.
 
     Args:
@@ -68,7 +70,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise InputError(f'{path} must be one of {", ".join(map(repr, choices))}; received {value!r}.')
+            raise InputError(
+                f'{path} must be one of {", ".join(map(repr, choices))}; received {value!r}.'
+            )
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping | ml_collections.ConfigDict):
@@ -102,4 +106,6 @@ def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
 
 
 def _wrong_type(path: str, required: str, value: Any) -> InputError:
-    return InputError(f'{path} must be of type {required}; received {value!r} ({type(value).__name__}).')
+    return InputError(
+        f'{path} must be of type {required}; received {value!r} ({type(value).__name__}).'
+    )

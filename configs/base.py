@@ -1,0 +1,148 @@
+"""Every key of a study, with its unit and its default. Studies start from here and change values.
+
+A None that may be set from the command line is a placeholder with a type. Lists are tuples. Sizes here
+are those of a small trial; a study sets its own.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def attention() -> ml_collections.ConfigDict:
+    """Fields of moe.AttentionConfig."""
+    return ml_collections.ConfigDict(
+        dict(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            qk_norm='head',  # 'none', 'head' or 'full'
+            rope_theta=10_000.0,
+        )
+    )
+
+
+def model() -> ml_collections.ConfigDict:
+    """Fields of moe.TransformerConfig but vocab_size, which is the tokenizer's."""
+    return ml_collections.ConfigDict(
+        dict(
+            num_layers=4,
+            embed_dim=128,
+            mlp_dim=384,
+            attention=attention(),
+            activation='silu',  # 'silu' or 'gelu'
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            scan_layers=True,
+            remat='none',  # 'none', 'dots' or 'full'
+            dtype='float32',  # of activations
+            param_dtype='float32',
+        )
+    )
+
+
+def experts() -> ml_collections.ConfigDict:
+    """Fields of moe.MoEConfig; set as `model.moe` of a mixture-of-experts model."""
+    return ml_collections.ConfigDict(
+        dict(
+            router=dict(
+                num_experts=8,
+                experts_per_token=2,
+                score='softmax',  # 'softmax' or 'sigmoid'
+                normalize='after',  # 'none', 'before' or 'after' top-k
+                scale=1.0,
+                eps=1e-20,
+                selection_bias=False,
+            ),
+            expert_dim=128,
+            shared_dim=0,  # hidden width of the shared expert; 0 for none
+            dispatch='grouped',  # 'grouped' (dropless), 'capacity' or 'dense'
+            capacity_factor=1.25,
+            first_dense_layers=0,
+            layer_step=1,
+            layers=config_dict.placeholder(tuple),
+        )
+    )
+
+
+def optimizer() -> ml_collections.ConfigDict:
+    """Fields of distill.optimizer.OptimizerConfig."""
+    return ml_collections.ConfigDict(
+        dict(
+            name='adamw',  # 'adamw' or 'muon'
+            learning_rate=1e-3,  # at its peak
+            warmup_steps=20,
+            schedule='cosine',  # 'cosine', 'wsd' or 'constant'
+            final_fraction=0.1,  # of the peak, at the last step
+            weight_decay=0.1,
+            clip_norm=1.0,
+        )
+    )
+
+
+def training(steps: int) -> ml_collections.ConfigDict:
+    """Fields of distill.TrainConfig."""
+    return ml_collections.ConfigDict(
+        dict(
+            steps=steps,
+            micro_batches=1,  # equal parts of a batch whose gradients are added
+            chunk_size=512,  # tokens whose logits exist at one time
+            log_every=10,  # steps
+            checkpoint_every=100,  # steps
+            keep_latest=2,
+            max_skipped=5,  # updates in a row
+        )
+    )
+
+
+def term(name: str, **fields: float | str | bool) -> ml_collections.ConfigDict:
+    """One term of an objective; `name` is a divergence, fields are those of distill.Term."""
+    return ml_collections.ConfigDict(dict(name=name, weight=1.0, temperature=1.0) | fields)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """A small study of everything."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.data = dict(
+        source='python',  # or a path or glob of .txt, .jsonl, .parquet, ArrayRecord
+        field='text',  # of a .jsonl or .parquet row; 'messages' is rendered as a conversation
+        max_bytes=8_000_000,  # of text that is read, whole documents at a time
+        tokenizer='bpe',  # 'bpe' (trained once on the train split) or 'byte'
+        vocab_size=4096,  # entries of the 'bpe' tokenizer
+        held_out_fraction=0.05,  # of the documents
+        held_out_documents=200,  # evaluated at most
+        seq_len=256,  # tokens
+        batch_size=16,  # rows, over all hosts
+    )
+    config.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)  # devices; -1 is the rest
+    config.teacher = dict(
+        source='train',  # in this run, or 'checkpoint'
+        checkpoint=config_dict.placeholder(str),  # a stage's folder in another workdir
+        dtype='float32',  # of the frozen teacher's parameters and activations
+        model=model(),
+        optimizer=optimizer(),
+        train=training(steps=400),
+    )
+    config.student = dict(
+        model=model(),
+        optimizer=optimizer(),
+        train=training(steps=400),
+        balance=dict(load_balance_weight=0.0, router_z_weight=0.0, selection_bias_rate=1e-3),
+        terms=dict(
+            kl=term('forward_kl', weight=0.9),
+            ce=term('cross_entropy', weight=0.1),
+        ),
+    )
+    config.student.model.moe = experts()
+    config.student.model.moe.router.selection_bias = True
+    config.control = dict(terms=dict(ce=term('cross_entropy')))
+    config.evaluate = dict(
+        batch_size=16,  # rows
+        context_length=256,  # tokens; of the FLOPs and bytes a token costs
+        prefill_batch=16,  # rows of the throughput measurement
+        chip='cpu-2vcpu',  # whose price per hour is charged
+        prompts=('def ', 'The ', 'import '),
+        sample_tokens=96,
+        temperature=0.7,
+    )
+    return config

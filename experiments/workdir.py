@@ -1,0 +1,145 @@
+"""The folder a study lives in: its config, and each stage's result once it is complete."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from moe.errors import InputError
+
+# What a study may be moved to or watched by without becoming another study.
+_FREE_KEYS = ('mesh.', 'train.log_every', 'train.checkpoint_every', 'train.keep_latest')
+
+
+class Workdir:
+    """A folder with one `config.json` and a subfolder for each stage.
+
+    Args:
+        path: made absolute; created where it is missing.
+        config: the study's config. A folder that holds another study is refused.
+        writer: whether this process writes files (one process of a run does).
+
+    Raises:
+        InputError: where the folder belongs to another config; names the keys that differ.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: ml_collections.ConfigDict,
+        *,
+        writer: bool = True,
+    ):
+        self.path = pathlib.Path(path).expanduser().absolute()
+        self._writer = writer
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(
+                f'--workdir must be a folder; {self.path} is a file. Choose another path.'
+            )
+        file = self.path / 'config.json'
+        values = json.loads(config.to_json_best_effort())
+        if file.exists():
+            _refuse_other_config(file, values)
+        elif writer:
+            write_json(file, values)
+
+    def stage(self, name: str) -> pathlib.Path:
+        """The folder of a stage, created."""
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a complete stage wrote, or None where it is not complete."""
+        file = self.path / name / 'result.json'
+        return read_json(file) if file.exists() else None
+
+    def require_result(self, name: str, *, wanted_by: str) -> dict[str, Any]:
+        """What a complete stage wrote.
+
+        Raises:
+            InputError: where the stage is not complete; says which stages to run.
+        """
+        result = self.result(name)
+        if result is None:
+            raise InputError(
+                f'Stage {wanted_by!r} needs the result of stage {name!r}, which is not complete in '
+                f'{self.path}. Run with --stages={name},{wanted_by}.'
+            )
+        return result
+
+    def complete(self, name: str, result: Mapping[str, Any]) -> None:
+        """Marks a stage as complete."""
+        if self._writer:
+            write_json(self.stage(name) / 'result.json', result)
+
+
+def write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes JSON under a temporary name and renames it: a reader sees all of it or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f'.{file.name}.tmp')
+    temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + '\n')
+    os.replace(temporary, file)
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: where the file is not JSON.
+    """
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(
+            f'{file} is not valid JSON ({error}). Delete it to run its stage again.'
+        ) from error
+
+
+def file_sha256(file: pathlib.Path) -> str:
+    """Returns the hex digest of a file."""
+    with file.open('rb') as stream:
+        return hashlib.file_digest(stream, 'sha256').hexdigest()
+
+
+def _refuse_other_config(file: pathlib.Path, values: dict[str, Any]) -> None:
+    saved, current = _flatten(read_json(file)), _flatten(values)
+    differing = sorted(
+        key
+        for key in saved.keys() | current.keys()
+        if saved.get(key) != current.get(key) and not _is_free(key)
+    )
+    if not differing:
+        return
+    shown = [
+        f'  {key}: {saved.get(key)!r} there, {current.get(key)!r} now' for key in differing[:8]
+    ]
+    more = [f'  ... and {len(differing) - 8} more'] if len(differing) > 8 else []
+    raise InputError(
+        '\n'.join(
+            [
+                f'{file.parent} holds a study of another config:',
+                *shown,
+                *more,
+                'Choose another --workdir, or delete that folder to start over.',
+            ]
+        )
+    )
+
+
+def _is_free(key: str) -> bool:
+    return any(f'.{key}'.find(f'.{free}') >= 0 for free in _FREE_KEYS)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f'{prefix}{key}.')
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat
