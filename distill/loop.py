@@ -1,7 +1,6 @@
 """The host loop: next batch, dispatch, then look at the step before while this one runs."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,12 +21,12 @@ class Batches(Protocol):
     def get_state(self) -> dict[str, Any]: ...
 
 
-class Diverged(RuntimeError):
+class DivergedError(RuntimeError):
     """Too many updates in a row had a non-finite loss or gradient."""
 
 
 class Stopped(Exception):  # noqa: N818  a request was met, nothing went wrong
-    """The run was asked to stop; everything up to `step` is saved."""
+    """The run was asked to stop, and everything up to `step` is saved."""
 
     def __init__(self, step: int):
         super().__init__(f'stopped and saved at step {step}')
@@ -39,16 +38,16 @@ class Hooks:
     """What the loop tells the world.
 
     Attributes:
-        save: called with (step, state, data_state, elapsed seconds, wait); starts a checkpoint, and waits
-            until it is durable where `wait`.
-        log: called with (step, metrics on the host, seconds since the loop's start).
-        stop_requested: whether somebody (SIGTERM) asked the run to stop.
+        save: called with (state, data position, whether to wait until the checkpoint is durable).
+        observe: called with (step, metrics on the host) for every step, in order.
+        stop_requested: whether the run was asked to stop; in a run of several processes all of them
+            must give the same answer at the same step.
         last_saved: the newest durable step, for messages; None before the first.
     """
 
-    save: Callable[[int, TrainState, dict[str, Any], bool], None]
-    log: Callable[[int, Metrics, float], None]
-    stop_requested: Callable[[], bool]
+    save: Callable[[TrainState, dict[str, Any], bool], None]
+    observe: Callable[[int, Metrics], None]
+    stop_requested: Callable[[int], bool]
     last_saved: Callable[[], int | None]
 
 
@@ -61,10 +60,10 @@ def train(
     config: TrainConfig,
     hooks: Hooks,
 ) -> TrainState:
-    """Runs updates until `config.steps`, saving and logging on the way.
+    """Runs updates until `config.steps`, saving and observing on the way.
 
-    The metrics of a step are read after the next step has been dispatched, so the device never waits for
-    the host.
+    The metrics of a step are read after the next step has been dispatched, so the device never
+    waits for the host.
 
     Args:
         state: where to start; its `step` says how many updates are behind it.
@@ -78,53 +77,44 @@ def train(
         The state after the last update, saved.
 
     Raises:
-        Diverged: after `config.max_skipped` skipped updates in a row; names the step, the position in the
-            data and the newest durable checkpoint.
+        DivergedError: after `config.max_skipped` skipped updates in a row; names the step, the
+            position in the data and the newest durable checkpoint.
         Stopped: after saving, where a stop was requested.
     """
-    start = time.perf_counter()
     pending: tuple[int, Metrics, dict[str, Any]] | None = None
-
-    def settle() -> None:
-        if pending is not None:
-            _settle(*pending, time.perf_counter() - start, config, hooks)
-
     for number in range(int(state.step) + 1, config.steps + 1):
         position = batches.get_state()
         state, metrics = step(state, place(next(batches)))
-        settle()
+        if pending is not None:
+            _settle(*pending, config, hooks)
         pending = (number, metrics, position)
-        stopping = hooks.stop_requested()
-        last = number == config.steps
-        if stopping or last:
-            settle()
+        stopping = hooks.stop_requested(number)
+        durable = stopping or number == config.steps
+        if durable or number % config.checkpoint_every == 0:
+            # A diverged state must not become the newest checkpoint.
+            _settle(*pending, config, hooks)
             pending = None
-        if stopping or last or number % config.checkpoint_every == 0:
-            hooks.save(number, state, batches.get_state(), stopping or last)
-        if stopping and not last:
+            hooks.save(state, batches.get_state(), durable)
+        if stopping and number < config.steps:
             raise Stopped(number)
     return state
 
 
 def _settle(
-    number: int,
-    metrics: Metrics,
-    position: dict[str, Any],
-    seconds: float,
-    config: TrainConfig,
-    hooks: Hooks,
+    number: int, metrics: Metrics, position: dict[str, Any], config: TrainConfig, hooks: Hooks
 ) -> None:
-    """Waits for one step's metrics, applies the policy on skipped updates, and logs."""
+    """Waits for one step's metrics, applies the policy on skipped updates, and passes them on."""
+    metrics = jax.tree.map(np.asarray, metrics)
     skipped = int(metrics['skipped'])
     if skipped:
         logging.warning(
             'Step %d: loss or gradient not finite; update skipped (%d in a row).', number, skipped
         )
     if skipped >= config.max_skipped:
-        raise Diverged(
-            f'{skipped} updates in a row had a non-finite loss or gradient, the last at step {number} '
-            f'(data position {position}). Newest good checkpoint: step {hooks.last_saved()}. Lower the learning '
-            f'rate or clip_norm, or raise train.max_skipped={config.max_skipped}, and start again.'
+        raise DivergedError(
+            f'{skipped} updates in a row had a non-finite loss or gradient, the last at step '
+            f'{number}, on the batch at data position {position}. The newest good checkpoint is of '
+            f'step {hooks.last_saved()}. Lower the learning rate or clip_norm, or raise '
+            f'train.max_skipped={config.max_skipped}, and start again.'
         )
-    if number % config.log_every == 0 or number == 1 or number == config.steps:
-        hooks.log(number, jax.tree.map(np.asarray, metrics), seconds)
+    hooks.observe(number, metrics)

@@ -62,12 +62,12 @@ def make_train_step(
           + load_balance_weight * mean over MoE layers of the load-balance loss
           + router_z_weight * mean over MoE layers of the z-loss,
 
-    each of which is a sum over sequences, so neither the loss nor its gradient depends on how the batch is
-    split. Where the loss or the gradients' norm is not finite, parameters, optimizer state and biases stay
-    as they are and `skipped` counts up. The teacher gets no gradient.
+    each of which is a sum over sequences, so neither the loss nor its gradient depends on how the
+    batch is split. Where the loss or the gradients' norm is not finite, parameters, optimizer state
+    and biases stay as they are and `skipped` counts up. The teacher gets no gradient.
 
-    Metrics are float32 scalars in nats per unmasked token, and `load [L_moe, E]`, the assignments of the
-    whole batch.
+    Metrics are float32 scalars, losses in nats per unmasked token, and `load [L_moe, E]`, the
+    assignments of the whole batch.
     """
 
     def train_step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -167,7 +167,9 @@ def _loss(
             )
             for router in output.router
         ]
-        load_balance, router_z = (sum(s) / (layers * weights.routed) for s in zip(*sums, strict=True))
+        load_balance, router_z = (
+            sum(layer) / (layers * weights.routed) for layer in zip(*sums, strict=True)
+        )
         loss += recipe.balance.load_balance_weight * load_balance
         loss += recipe.balance.router_z_weight * router_z
         metrics |= {
@@ -180,7 +182,7 @@ def _loss(
 
 
 def _split(batch: Batch, parts: int) -> Batch:
-    """Splits rows into equal parts, each taking every `parts`-th row so that row shards stay local."""
+    """Splits rows into equal parts, each of every `parts`-th row, so that row shards stay local."""
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -1,7 +1,7 @@
-"""ConfigDict -> frozen dataclasses: the only reader of ConfigDict.
+"""Nested mappings -> frozen dataclasses.
 
-Every key must be a field and every value must have the field's type: a typo is an error that names the
-nearest field, never a default.
+Every key must be a field and every value must have the field's type: a typo is an error that names
+the nearest field, never a default.
 """
 
 import dataclasses
@@ -11,35 +11,28 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import ml_collections
-
 from moe.errors import InputError
 
 T = TypeVar('T')
 
 
-def build(
-    cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, path: str, **known: Any
-) -> T:
+def build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     """Builds `cls` from the mapping found at `path` of the config.
 
     Args:
         cls: a frozen dataclass; nested dataclasses are built likewise.
         values: its fields by name; fields with defaults may be left out.
         path: where the mapping stands, for messages: 'config.student.model'.
-        **known: fields that the config does not set (a vocabulary's size).
 
     Raises:
-        InputError: for an unknown key, a missing key, a value of the wrong type, or what `cls` refuses.
+        InputError: for an unknown or missing key, a value of the wrong type, or what `cls` refuses.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    given = {key: values[key] for key in values}
-    for key in given:
-        if key not in fields or key in known:
-            raise InputError(unknown_key(path, key, [name for name in fields if name not in known]))
-    arguments = {key: _convert(value, hints[key], f'{path}.{key}') for key, value in given.items()}
-    arguments |= known
+    for key in values:
+        if key not in fields:
+            raise InputError(unknown_key(path, key, list(fields)))
+    arguments = {key: _convert(value, hints[key], f'{path}.{key}') for key, value in values.items()}
     missing = [
         name
         for name, field in fields.items()
@@ -63,7 +56,7 @@ def unknown_key(path: str, key: str, known: list[str]) -> str:
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
-    """Checks `value` against a type hint, building nested dataclasses; never casts but int -> float."""
+    """Checks `value` against a type hint, building nested dataclasses; casts int to float alone."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, typing.get_args(hint), path)
@@ -75,7 +68,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             )
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        if not isinstance(value, Mapping):
             raise _wrong_type(path, f'a mapping of the fields of {hint.__name__}', value)
         return build(hint, value, path)
     if origin is tuple:
@@ -83,6 +76,11 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             raise _wrong_type(path, 'a tuple', value)
         inner = typing.get_args(hint)[0]
         return tuple(_convert(item, inner, f'{path}[{i}]') for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong_type(path, 'a mapping', value)
+        inner = typing.get_args(hint)[1]
+        return {key: _convert(item, inner, f'{path}.{key}') for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -94,7 +92,7 @@ def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
     if value is None and type(None) in hints:
         return None
     candidates = [hint for hint in hints if hint is not type(None)]
-    is_mapping = isinstance(value, Mapping | ml_collections.ConfigDict)
+    is_mapping = isinstance(value, Mapping)
     matching = [hint for hint in candidates if dataclasses.is_dataclass(hint) == is_mapping]
     errors = []
     for hint in matching or candidates:

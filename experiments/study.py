@@ -1,0 +1,191 @@
+"""A study as frozen dataclasses, built from its ConfigDict before anything runs."""
+
+import dataclasses
+from typing import Any, Literal
+
+import ml_collections
+from distill.cost import chip_price
+from distill.objective import Objective, Term
+from distill.optimizer import OptimizerConfig
+from distill.tokenizer import ByteTokenizer
+
+from distill.config import BalanceConfig, TrainConfig
+from experiments.build import build
+from moe.config import TransformerConfig, require
+from moe.errors import InputError
+from moe.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Which text, how it becomes tokens and how tokens become batches.
+
+    Attributes:
+        source: 'python', or a path or glob.
+        field: of a row of .jsonl, .parquet or ArrayRecord.
+        max_bytes: of text that is read, whole documents at a time.
+        tokenizer: 'byte', or 'bpe', trained once on the train split.
+        vocab_size: entries of the 'bpe' tokenizer.
+        held_out_fraction: of the documents.
+        held_out_documents: evaluated at most.
+        seq_len: tokens of a row.
+        batch_size: rows of a batch, over all hosts.
+    """
+
+    source: str
+    field: str
+    max_bytes: int
+    tokenizer: Literal['bpe', 'byte']
+    vocab_size: int
+    held_out_fraction: float
+    held_out_documents: int
+    seq_len: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name in ('max_bytes', 'vocab_size', 'held_out_documents', 'seq_len', 'batch_size'):
+            require(getattr(self, name) > 0, f'data.{name}', 'positive', getattr(self, name))
+        fraction = self.held_out_fraction
+        require(0 < fraction < 1, 'data.held_out_fraction', 'between 0 and 1', fraction)
+
+    @property
+    def model_vocab_size(self) -> int:
+        """`V` of every model of the study."""
+        return ByteTokenizer().vocab_size if self.tokenizer == 'byte' else self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """A teacher trained in this run, or a checkpoint of ours."""
+
+    source: Literal['train', 'checkpoint']
+    checkpoint: str | None
+    dtype: Literal['float32', 'bfloat16']
+    model: TransformerConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if (self.source == 'checkpoint') != (self.checkpoint is not None):
+            raise InputError(
+                'config.teacher.checkpoint is the folder of a trained stage, and goes with '
+                f"source='checkpoint'; "
+                f'received source={self.source!r}, checkpoint={self.checkpoint!r}.'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """A student, and how it is taught; `terms` are those of its objective, by a name of one's own."""
+
+    model: TransformerConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    balance: BalanceConfig
+    terms: dict[str, Term]
+
+    def __post_init__(self) -> None:
+        rate, moe = self.balance.selection_bias_rate, self.model.moe
+        if rate > 0 and (moe is None or not moe.router.selection_bias):
+            raise InputError(
+                f'balance.selection_bias_rate={rate} needs model.moe.router.selection_bias=True; '
+                'set it, or set the rate to 0.'
+            )
+        self.objective()
+
+    def objective(self) -> Objective:
+        """The weighted sum of the terms."""
+        return Objective(tuple(self.terms.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlConfig:
+    """What the student's twin learns from instead: the text alone, no teacher."""
+
+    terms: dict[str, Term]
+
+    def __post_init__(self) -> None:
+        if self.objective().needs_teacher:
+            raise InputError('config.control.terms must need no teacher; keep cross_entropy alone.')
+
+    def objective(self) -> Objective:
+        """The weighted sum of the terms."""
+        return Objective(tuple(self.terms.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured of every model, on the held-out text and on this machine.
+
+    Attributes:
+        batch_size: rows of an evaluation batch.
+        context_length: tokens; of the FLOPs and bytes that a token costs.
+        prefill_batch: rows of the throughput measurement.
+        chip: whose price per hour is charged.
+        prompts: of the samples of text.
+        sample_tokens: written after each prompt.
+        temperature: of the samples.
+    """
+
+    batch_size: int
+    context_length: int
+    prefill_batch: int
+    chip: str
+    prompts: tuple[str, ...]
+    sample_tokens: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        for name in ('batch_size', 'context_length', 'prefill_batch', 'sample_tokens'):
+            require(getattr(self, name) > 0, f'evaluate.{name}', 'positive', getattr(self, name))
+        require(self.temperature >= 0, 'evaluate.temperature', 'zero or more', self.temperature)
+        chip_price(self.chip)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """Everything that the stages need, checked."""
+
+    seed: int
+    data: TextConfig
+    mesh: MeshConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    control: ControlConfig
+    evaluate: EvaluateConfig
+
+    def __post_init__(self) -> None:
+        for name, train in (('teacher', self.teacher.train), ('student', self.student.train)):
+            require(
+                self.data.batch_size % train.micro_batches == 0,
+                f'{name}.train.micro_batches',
+                f'a divisor of data.batch_size={self.data.batch_size}',
+                train.micro_batches,
+            )
+
+
+def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
+    """Builds and checks the whole study.
+
+    Raises:
+        InputError: for an unknown or missing key, a wrong type, or values that cannot go together;
+            names the path of the key.
+    """
+    values = config.to_dict()
+    if isinstance(values.get('data'), dict):
+        vocab_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
+        for who in ('teacher', 'student'):
+            _set_vocab_size(values, who, vocab_size)
+    return build(StudyConfig, values, 'config')
+
+
+def _set_vocab_size(values: dict[str, Any], who: str, vocab_size: int) -> None:
+    """Gives a model the vocabulary that the tokenizer has; leaves a malformed config to `build`."""
+    part = values.get(who)
+    model = part.get('model') if isinstance(part, dict) else None
+    if isinstance(model, dict):
+        if 'vocab_size' in model:
+            raise InputError(
+                f"config.{who}.model.vocab_size is the tokenizer's; set config.data.vocab_size."
+            )
+        model['vocab_size'] = vocab_size
