@@ -68,15 +68,14 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if (self.source == 'checkpoint') != (self.checkpoint is not None):
             raise InputError(
-                'config.teacher.checkpoint is the folder of a trained stage, and goes with '
-                f"source='checkpoint'; "
-                f'received source={self.source!r}, checkpoint={self.checkpoint!r}.'
+                "config.teacher.checkpoint is a trained stage's folder and goes with "
+                f"source='checkpoint'; received source={self.source!r}, checkpoint={self.checkpoint!r}."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """A student, and how it is taught; `terms` are those of its objective, by a name of one's own."""
+    """A student and how it is taught; `terms` are its objective's, under names of one's own."""
 
     model: TransformerConfig
     optimizer: OptimizerConfig
