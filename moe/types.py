@@ -31,14 +31,12 @@ class KVCache:
         keys: `S` preallocated positions.
         values: likewise.
         segment_ids: of the cached positions; 0 marks an empty slot or padding.
-        positions: the rotary position of each slot.
         length: slots filled so far; the next token is written here.
     """
 
     keys: Float[Array, 'L B S Hkv Dh']
     values: Float[Array, 'L B S Hkv Dh']
     segment_ids: Int[Array, 'B S']
-    positions: Int[Array, 'B S']
     length: Int[Array, '']
 
 

@@ -1,0 +1,329 @@
+"""The decoder: blocks of attention and a gated MLP or experts, scanned and rematerialised."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe.attention import Attention, AttentionContext, LayerCache, attention_context
+from moe.balance import updated_bias
+from moe.config import DType, Remat, TransformerConfig
+from moe.errors import InputError
+from moe.experts import MoELayer
+from moe.layers import GatedMLP, RMSNorm
+from moe.sharding import LogicalAxes, constrain
+from moe.stacking import (
+    LayerGroup,
+    join_repeats,
+    layer_groups,
+    layer_paths,
+    split_repeats,
+    unstack,
+)
+from moe.types import KVCache, ModelOutput, RouterOutput
+
+ACTIVATION_AXES = ('batch', 'length', None)
+Caches = list[LayerCache] | None
+
+
+class Block(nn.Module):
+    """Adds attention, then the MLP or the experts, each of the normalised residual stream.
+
+    Attributes:
+        config: the model's.
+        has_experts: whether this layer routes to experts.
+        mesh: constrains activations where given.
+    """
+
+    config: TransformerConfig
+    has_experts: bool
+    mesh: jax.sharding.Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        cache: LayerCache | None,
+        context: AttentionContext,
+        mask: Bool[Array, 'B T'],
+    ) -> tuple[Float[Array, 'B T D'], RouterOutput | None, LayerCache | None]:
+        config = self.config
+        norm = functools.partial(RMSNorm, config.norm_eps, config.param_dtype)
+        attention = Attention(config, self.mesh, name='attention')
+        attended, cache = attention(norm(name='attention_norm')(x), cache, context)
+        x = constrain(x + attended, ACTIVATION_AXES, self.mesh)
+        normed = norm(name='mlp_norm')(x)
+        settings = (config.activation, config.dtype, config.param_dtype, self.mesh)
+        router = None
+        if self.has_experts:
+            assert config.moe is not None
+            y, router = MoELayer(config.moe, *settings, name='moe')(normed, mask)
+        else:
+            y = GatedMLP(config.mlp_dim, *settings, name='mlp')(normed)
+        return constrain(x + y, ACTIVATION_AXES, self.mesh), router, cache
+
+
+def remat_block(policy: Remat, *, scanned: bool) -> type[Block]:
+    """Returns `Block`, made to recompute in its backward pass what `policy` does not keep."""
+    if policy == 'none':
+        return Block
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == 'dots' else None
+    return nn.remat(Block, prevent_cse=not scanned, policy=kept)
+
+
+class Pattern(nn.Module):
+    """Runs each layer of a group's pattern once: the body of the scan over its repeats."""
+
+    config: TransformerConfig
+    pattern: tuple[bool, ...]
+    mesh: jax.sharding.Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        caches: Caches,
+        context: AttentionContext,
+        mask: Bool[Array, 'B T'],
+    ) -> tuple[Float[Array, 'B T D'], tuple[list[RouterOutput], list[LayerCache]]]:
+        block = remat_block(self.config.remat, scanned=True)
+        routers, extended = [], []
+        for j, has_experts in enumerate(self.pattern):
+            layer = block(self.config, has_experts, self.mesh, name=f'layer_{j}')
+            x, router, cache = layer(x, caches and caches[j], context, mask)
+            routers += [router] if has_experts else []
+            extended += [cache] if caches else []
+        return x, (routers, extended)
+
+
+class Weight(nn.Module):
+    """Holds one parameter that is not a layer's: the embedding or the head."""
+
+    leaf: str
+    shape: tuple[int, int]
+    axes: LogicalAxes
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self) -> Array:
+        # Variance 1 / D: a tied head then starts with logits of variance one.
+        deviation = self.shape[self.axes.index('embed')] ** -0.5
+        init = nn.with_logical_partitioning(nn.initializers.normal(deviation), self.axes)
+        return self.param(self.leaf, init, self.shape, self.param_dtype)
+
+
+class Transformer(nn.Module):
+    """Maps token ids to the logits of the next token.
+
+    Attributes:
+        config: what is built.
+        mesh: where given, activations are constrained by the logical rules and experts exchange
+            tokens over its `expert` axis; without one the model runs wherever its arguments are.
+    """
+
+    config: TransformerConfig
+    mesh: jax.sharding.Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'] | None = None,
+        segment_ids: Int[Array, 'B T'] | None = None,
+        mask: Bool[Array, 'B T'] | None = None,
+        cache: KVCache | None = None,
+        logits: bool = True,
+    ) -> ModelOutput:
+        """Runs the decoder over new tokens.
+
+        Args:
+            tokens: ids in [0, V).
+            positions: rotary positions; by default from 0 in each segment, or, with a cache, from
+                its length on.
+            segment_ids: documents within a row, 0 for padding; attention stays within a segment.
+            mask: True for tokens that are routed and counted in `RouterOutput.load`; by default all
+                that are not padding.
+            cache: of the tokens before these; it must have room for them.
+            logits: whether to multiply by the head.
+
+        Returns:
+            Hidden states in the config's dtype, logits in float32 or None, one `RouterOutput` for
+            each MoE layer, and the extended cache where one was given.
+
+        Raises:
+            InputError: for a wrong dtype or shape, or more tokens than the cache has slots.
+        """
+        config = self.config
+        check_inputs(tokens, positions, segment_ids, mask, cache)
+        if mask is None:
+            mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+        context, cache = attention_context(config, positions, segment_ids, tokens.shape, cache)
+        shape, axes = (config.vocab_size, config.embed_dim), ('vocab', 'embed')
+        embedding = Weight('embedding', shape, axes, config.param_dtype, name='embed')()
+        x = self._embed(embedding, tokens)
+        layers = self._scan_layers if config.scan_layers else self._unroll_layers
+        x, routers, cache = layers(x, cache, context, mask)
+        hidden = RMSNorm(config.norm_eps, config.param_dtype, name='final_norm')(x)
+        if config.tie_embeddings:
+            head = embedding.T
+        else:
+            head = Weight('kernel', shape[::-1], axes[::-1], config.param_dtype, name='head')()
+        return ModelOutput(hidden, self._project(hidden, head) if logits else None, routers, cache)
+
+    def _embed(self, embedding: Array, tokens: Array) -> Array:
+        # Rows are gathered whole: only the vocabulary of the table stays sharded.
+        table = constrain(embedding, ('vocab', None), self.mesh)
+        x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)
+        return constrain(x, ACTIVATION_AXES, self.mesh)
+
+    def _project(self, hidden: Array, head: Array) -> Array:
+        head = head.astype(hidden.dtype)
+        logits = jnp.einsum('btd,dv->btv', hidden, head, preferred_element_type=jnp.float32)
+        return constrain(logits, ('batch', 'length', 'vocab'), self.mesh)
+
+    def _unroll_layers(
+        self, x: Array, cache: KVCache | None, context: AttentionContext, mask: Array
+    ) -> tuple[Array, tuple[RouterOutput, ...], KVCache | None]:
+        config = self.config
+        block = remat_block(config.remat, scanned=False)
+        caches = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
+        routers, extended = [], []
+        for i, has_experts in enumerate(config.moe_layers):
+            layer = block(config, has_experts, self.mesh, name=f'layer_{i}')
+            x, router, layer_cache = layer(x, caches and caches[i], context, mask)
+            routers += [router] if has_experts else []
+            extended.append(layer_cache)
+        if cache is not None:
+            keys, values = (jnp.stack(part) for part in zip(*extended, strict=True))
+            cache = cache.replace(keys=keys, values=values)
+        return x, tuple(routers), cache
+
+    def _scan_layers(
+        self, x: Array, cache: KVCache | None, context: AttentionContext, mask: Array
+    ) -> tuple[Array, tuple[RouterOutput, ...], KVCache | None]:
+        routers: list[RouterOutput] = []
+        extended: list[tuple[Array, Array]] = []
+        start = 0
+        for g, group in enumerate(layer_groups(self.config.moe_layers)):
+            caches = None if cache is None else group_caches(cache, start, group)
+            x, (stacked, new_caches) = self._scan(g, group)(x, caches, context, mask)
+            routers += unstack_routers(stacked)
+            if cache is not None:
+                extended.append(jax.tree.map(lambda *parts: join_repeats(parts), *new_caches))
+            start += group.num_layers
+        if cache is not None:
+            keys, values = (jnp.concatenate(part) for part in zip(*extended, strict=True))
+            cache = cache.replace(keys=keys, values=values)
+        return x, tuple(routers), cache
+
+    def _scan(self, g: int, group: LayerGroup) -> Any:
+        scanned = nn.scan(
+            Pattern,
+            variable_axes={'params': 0, 'routing': 0},
+            split_rngs={'params': True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=group.repeats,
+            metadata_params={nn.PARTITION_NAME: 'layers'},
+        )
+        return scanned(self.config, group.pattern, self.mesh, name=f'group_{g}')
+
+
+def group_caches(cache: KVCache, start: int, group: LayerGroup) -> list[LayerCache]:
+    """Takes one group's layers out of the cache: for each of its pattern, stacked over repeats."""
+    layers = slice(start, start + group.num_layers)
+    keys, values = (split_repeats(part[layers], group) for part in (cache.keys, cache.values))
+    return list(zip(keys, values, strict=True))
+
+
+def unstack_routers(stacked: list[RouterOutput]) -> list[RouterOutput]:
+    """Turns the outputs of a scan, one for each layer of its pattern, into one for each layer."""
+    leaves = [jax.tree.map(unstack, router) for router in stacked]
+    is_list = lambda node: isinstance(node, list)
+    repeats = len(leaves[0].load) if leaves else 0
+    return [
+        jax.tree.map(lambda parts, r=r: parts[r], router, is_leaf=is_list)
+        for r in range(repeats)
+        for router in leaves
+    ]
+
+
+def check_inputs(
+    tokens: Array,
+    positions: Array | None,
+    segment_ids: Array | None,
+    mask: Array | None,
+    cache: KVCache | None,
+) -> None:
+    """Raises an `InputError` for arguments of `Transformer` with a wrong dtype or shape."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(
+            f'tokens must be integer ids of shape [B, T]; received {tokens.dtype}{tokens.shape}. '
+            f'Encode text with the tokenizer, and add a batch axis to a single row.'
+        )
+    others = {'positions': positions, 'segment_ids': segment_ids, 'mask': mask}
+    for name, value in others.items():
+        kind = jnp.bool_ if name == 'mask' else jnp.integer
+        if value is None:
+            continue
+        if value.shape != tokens.shape or not jnp.issubdtype(value.dtype, kind):
+            raise InputError(
+                f'{name} must be {"bool" if name == "mask" else "integers"} of the shape of tokens, '
+                f'{tokens.shape}; received {value.dtype}{value.shape}.'
+            )
+    if cache is not None and cache.segment_ids.shape[0] != tokens.shape[0]:
+        raise InputError(
+            f'The cache must have one row for each row of tokens, {tokens.shape[0]}; it has '
+            f'{cache.segment_ids.shape[0]}. Make it with empty_cache(config, batch, num_slots).'
+        )
+    if cache is not None and cache.segment_ids.shape[1] < tokens.shape[1]:
+        raise InputError(
+            f'{tokens.shape[1]} tokens do not fit in a cache of {cache.segment_ids.shape[1]} slots. '
+            f'Give empty_cache at least as many slots as tokens will ever be written.'
+        )
+
+
+def output_head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
+    """Returns the matrix by which hidden states become logits: the head, or the tied embedding.
+
+    Args:
+        config: the model's.
+        params: the unboxed `params` collection.
+
+    Returns:
+        [D, V] in the parameters' dtype.
+    """
+    return params['embed']['embedding'].T if config.tie_embeddings else params['head']['kernel']
+
+
+def update_selection_bias(
+    config: TransformerConfig, routing: Any, router: tuple[RouterOutput, ...], *, rate: float
+) -> Any:
+    """Moves every MoE layer's selection bias towards balance by its load; see `updated_bias`.
+
+    Args:
+        config: the model's.
+        routing: the unboxed `routing` collection; an empty one is returned as it is.
+        router: one for each MoE layer, with loads of the whole step: summed over micro-batches.
+        rate: the step of the bias, in units of the router's score.
+
+    Returns:
+        The new collection.
+    """
+    loads: dict[tuple[str, ...], list[Array]] = {}
+    moe_paths = [
+        path
+        for (path, _), has_experts in zip(layer_paths(config), config.moe_layers, strict=True)
+        if has_experts
+    ]
+    for path, output in zip(moe_paths, router, strict=True):
+        loads.setdefault(path, []).append(output.load)
+
+    def update(path: Any, bias: Array) -> Array:
+        names = tuple(key.key for key in path)
+        load = jnp.stack(loads[names[:2] if config.scan_layers else names[:1]])
+        return updated_bias(bias, load.reshape(bias.shape), rate=rate)
+
+    return jax.tree_util.tree_map_with_path(update, routing)
