@@ -1,0 +1,201 @@
+"""Parameters, FLOPs and bytes, by formula from a config alone."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from moe.config import DType, TransformerConfig, require
+
+BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterReport:
+    """How many parameters a model has, and how many of them act on one token.
+
+    Attributes:
+        total: all trained parameters. Selection biases are state, not parameters.
+        active: as `total`, but with the `K` experts that one token chooses in place of all `E`. The
+            embedding counts in full, as on the published models' cards.
+        embedding: of both counts, the embedding table and, where it is not tied, the output head.
+        by_part: `total` split into embedding, head, attention, norms, mlp, router, shared, experts.
+    """
+
+    total: int
+    active: int
+    embedding: int
+    by_part: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one token; a multiply-add is two.
+
+    Attributes:
+        total: the sum of `by_part`.
+        by_part: attention, attention_scores, mlp, router, shared, experts, head.
+    """
+
+    total: int
+    by_part: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeBytes:
+    """Bytes read from memory to decode one token of a batch.
+
+    Attributes:
+        total: `weights + cache`.
+        weights: the token's share of the weights that one step reads.
+        cache: keys and values of the token's own context.
+    """
+
+    total: float
+    weights: float
+    cache: float
+
+
+def parameter_report(config: TransformerConfig) -> ParameterReport:
+    """Counts total and active parameters.
+
+    Args:
+        config: the model.
+
+    Returns:
+        The counts; they equal those of the initialized model exactly.
+    """
+    weights = _matrices(config)
+    parts = {
+        'embedding': config.vocab_size * config.embed_dim,
+        'head': 0 if config.tie_embeddings else weights['head'],
+        'attention': weights['attention'],
+        'norms': _norm_scales(config),
+        **{name: weights[name] for name in ('mlp', 'router', 'shared', 'experts')},
+    }
+    total = sum(parts.values())
+    return ParameterReport(
+        total=total,
+        active=total - parts['experts'] + _chosen_experts(config),
+        embedding=parts['embedding'] + parts['head'],
+        by_part=parts,
+    )
+
+
+def flops_per_token(
+    config: TransformerConfig, *, context_length: int, causal: bool = True
+) -> Flops:
+    """Counts the forward pass of one token, averaged over a sequence.
+
+    Every matrix product counts 2 for each weight that acts on the token: attention projections, the
+    gated MLP, the router, the shared expert, the `K` chosen experts, the head. Scores and their
+    product with the values add `4 H Dh` for each key that a query attends to: `(T + 1) / 2` of them
+    on average. Norms, RoPE, softmax, activations and the embedding's look-up, which are not
+    products, count nothing.
+
+    Args:
+        config: the model.
+        context_length: `T`, tokens in the sequence, at least 1.
+        causal: False counts all `T` keys a query, as an implementation does that masks the full
+            `T x T` scores (XLA's own count of this package's attention).
+
+    Returns:
+        Forward FLOPs per token.
+
+    Raises:
+        InputError: where `context_length` is below 1.
+    """
+    require(context_length >= 1, 'context_length', 'at least 1', context_length)
+    parts = {name: 2 * size for name, size in _matrices(config).items()}
+    parts['experts'] = 2 * _chosen_experts(config)
+    keys_twice = context_length + 1 if causal else 2 * context_length
+    width = config.attention.num_heads * config.attention.head_dim
+    parts['attention_scores'] = config.num_layers * 2 * width * keys_twice
+    return Flops(total=sum(parts.values()), by_part=parts)
+
+
+def bytes_per_token(
+    config: TransformerConfig,
+    *,
+    batch: int,
+    context_length: int,
+    param_dtype: DType | None = None,
+    cache_dtype: DType | None = None,
+) -> DecodeBytes:
+    """Counts the bytes read to decode one token, in a step that decodes one for each of `batch`.
+
+    A step reads every weight that acts on any of its tokens once, so that the tokens share them. Of
+    `E` experts, `E (1 - (1 - K/E)^B)` are expected to be chosen by at least one of `B` tokens where
+    every expert is as likely and tokens choose independently: `K` for one token, nearing `E` for
+    many. Of the embedding a token reads one row; a head, tied or not, is read whole. Writes and
+    activations are not counted.
+
+    Args:
+        config: the model.
+        batch: `B`, sequences decoded together, at least 1.
+        context_length: positions of keys and values read for each sequence, at least 1.
+        param_dtype: of the stored weights; default the config's.
+        cache_dtype: of keys and values; default the config's activations'.
+
+    Returns:
+        Bytes per token.
+
+    Raises:
+        InputError: where a count is below 1, or a dtype is not known.
+    """
+    require(batch >= 1, 'batch', 'at least 1', batch)
+    require(context_length >= 1, 'context_length', 'at least 1', context_length)
+    weights = _matrices(config)
+    experts_read = 0.0
+    if config.moe is not None:
+        router = config.moe.router
+        chosen = 1 - (1 - router.experts_per_token / router.num_experts) ** batch
+        experts_read = weights['experts'] * chosen
+    shared_read = sum(weights.values()) - weights['experts'] + _norm_scales(config)
+    elements = (shared_read + experts_read) / batch + config.embed_dim
+    kv_width = config.attention.num_kv_heads * config.attention.head_dim
+    cache = 2 * config.num_layers * kv_width * context_length
+    weight_bytes = elements * _bytes(param_dtype or config.param_dtype)
+    cache_bytes = float(cache * _bytes(cache_dtype or config.dtype))
+    return DecodeBytes(weight_bytes + cache_bytes, weight_bytes, cache_bytes)
+
+
+def _matrices(config: TransformerConfig) -> dict[str, int]:
+    """Elements of every matrix that multiplies activations, summed over layers."""
+    D, attention, moe = config.embed_dim, config.attention, config.moe
+    moe_layers = sum(config.moe_layers)
+    heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
+    sizes = {
+        'head': D * config.vocab_size,
+        'attention': config.num_layers * D * heads * attention.head_dim,
+        'mlp': (config.num_layers - moe_layers) * 3 * D * config.mlp_dim,
+        'router': 0,
+        'shared': 0,
+        'experts': 0,
+    }
+    if moe is not None:
+        sizes['router'] = moe_layers * D * moe.router.num_experts
+        sizes['shared'] = moe_layers * 3 * D * moe.shared_dim
+        sizes['experts'] = moe_layers * moe.router.num_experts * 3 * D * moe.expert_dim
+    return sizes
+
+
+def _chosen_experts(config: TransformerConfig) -> int:
+    """Elements of the `K` experts that one token passes, summed over layers."""
+    if config.moe is None:
+        return 0
+    one_expert = 3 * config.embed_dim * config.moe.expert_dim
+    return sum(config.moe_layers) * config.moe.router.experts_per_token * one_expert
+
+
+def _norm_scales(config: TransformerConfig) -> int:
+    attention = config.attention
+    qk_scales = {
+        'none': 0,
+        'head': 2 * attention.head_dim,
+        'full': (attention.num_heads + attention.num_kv_heads) * attention.head_dim,
+    }[attention.qk_norm]
+    return config.num_layers * (2 * config.embed_dim + qk_scales) + config.embed_dim
+
+
+def _bytes(dtype: str) -> int:
+    require(dtype in BYTES, 'A dtype', f'one of {", ".join(BYTES)}', dtype)
+    return BYTES[dtype]
