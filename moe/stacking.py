@@ -34,8 +34,8 @@ def layer_groups(moe_layers: tuple[bool, ...]) -> tuple[LayerGroup, ...]:
         moe_layers: per layer, whether it routes to experts.
 
     Returns:
-        Groups whose repeated patterns, one after the other, are `moe_layers`. The sum of the lengths
-        of their patterns is the smallest there is, and among those splits the groups the fewest.
+        Groups whose repeated patterns, one after the other, are `moe_layers`: of all such splits
+        those with the smallest sum of pattern lengths, and among them one with the fewest groups.
     """
     best: list[tuple[int, tuple[LayerGroup, ...]]] = [(0, ())]
     for end in range(1, len(moe_layers) + 1):

@@ -240,14 +240,9 @@ def group_caches(cache: KVCache, start: int, group: LayerGroup) -> list[LayerCac
 
 def unstack_routers(stacked: list[RouterOutput]) -> list[RouterOutput]:
     """Turns the outputs of a scan, one for each layer of its pattern, into one for each layer."""
-    leaves = [jax.tree.map(unstack, router) for router in stacked]
-    is_list = lambda node: isinstance(node, list)
-    repeats = len(leaves[0].load) if leaves else 0
-    return [
-        jax.tree.map(lambda parts, r=r: parts[r], router, is_leaf=is_list)
-        for r in range(repeats)
-        for router in leaves
-    ]
+    leaves, structure = jax.tree.flatten(stacked)
+    repeats = zip(*(unstack(leaf) for leaf in leaves), strict=True)
+    return [router for repeat in repeats for router in structure.unflatten(repeat)]
 
 
 def check_inputs(
@@ -270,8 +265,8 @@ def check_inputs(
             continue
         if value.shape != tokens.shape or not jnp.issubdtype(value.dtype, kind):
             raise InputError(
-                f'{name} must be {"bool" if name == "mask" else "integers"} of the shape of tokens, '
-                f'{tokens.shape}; received {value.dtype}{value.shape}.'
+                f'{name} must be {"bool" if name == "mask" else "integers"} of the shape of '
+                f'tokens, {tokens.shape}; received {value.dtype}{value.shape}.'
             )
     if cache is not None and cache.segment_ids.shape[0] != tokens.shape[0]:
         raise InputError(
@@ -280,8 +275,9 @@ def check_inputs(
         )
     if cache is not None and cache.segment_ids.shape[1] < tokens.shape[1]:
         raise InputError(
-            f'{tokens.shape[1]} tokens do not fit in a cache of {cache.segment_ids.shape[1]} slots. '
-            f'Give empty_cache at least as many slots as tokens will ever be written.'
+            f'The cache must have a slot for each token that will ever be written; it has '
+            f'{cache.segment_ids.shape[1]}, and there are {tokens.shape[1]} tokens. Give '
+            f'empty_cache more slots.'
         )
 
 
