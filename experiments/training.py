@@ -1,0 +1,190 @@
+"""Trains one model of a study to its last step: compiled, sharded, resumable."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distill import distributed
+from distill.checkpoint import CheckpointManager, complete_steps, read_metadata
+from distill.data import TrainPipeline
+from distill.loop import Hooks, train
+from distill.optimizer import optimizer_state_shardings
+from distill.step import Recipe, StepMetrics, initial_state, make_train_step
+from distill.types import Batch, TrainState
+from experiments.signals import StopSignal
+from experiments.watch import Watch
+from moe.errors import InputError
+from moe.sharding import abstract_variables, batch_sharding, init_sharded, variable_shardings
+from moe.transformer import Transformer
+
+CompiledStep = Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of a stage.
+
+    Attributes:
+        stage: its name, on the progress line.
+        folder: of its checkpoints and metrics.
+        recipe: of one update.
+        mesh: of all devices.
+        teacher: variables of the frozen teacher, placed; {} where there is none.
+        key: of the initial parameters.
+        identity: what a checkpoint must have been made with for the run to go on from it.
+        tokens_per_step: of a batch, padding included.
+    """
+
+    stage: str
+    folder: pathlib.Path
+    recipe: Recipe
+    mesh: Mesh
+    teacher: Any
+    key: jax.Array
+    identity: dict[str, Any]
+    tokens_per_step: int
+
+
+def train_model(run: Run, pipeline: TrainPipeline, stop: StopSignal) -> dict[str, Any]:
+    """Trains to the last step, from the newest good checkpoint where there is one.
+
+    Returns:
+        What the stage reports: seconds of all its sessions, steps and tokens.
+    """
+    config = run.recipe.train
+    shardings = state_shardings(run.recipe, run.mesh)
+    manager = CheckpointManager(
+        run.folder / 'checkpoints', keep_latest=config.keep_latest, keep_best=1
+    )
+    state, seconds_before = _start(run, manager, pipeline, shardings)
+    step = _compile(run, shardings)
+    watch = Watch(
+        run.stage,
+        run.folder,
+        manager,
+        config,
+        run.identity,
+        tokens_per_step=run.tokens_per_step,
+        restored_step=int(state.step),
+        seconds_before=seconds_before,
+    )
+    with watch:
+        try:
+            state = train(
+                state,
+                step=lambda state, batch: step(state, run.teacher, batch),
+                batches=pipeline,
+                place=functools.partial(
+                    distributed.global_batch, sharding=batch_sharding(run.mesh)
+                ),
+                config=config,
+                hooks=Hooks(watch.save, watch.observe, stop.agreed, watch.last_saved),
+            )
+        finally:
+            manager.close()
+    save_model(run.folder / 'model', state, run.identity)
+    return {
+        'seconds': round(watch.seconds(), 3),
+        'steps': config.steps,
+        'tokens': config.steps * run.tokens_per_step,
+    }
+
+
+def state_shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Returns the sharding of every leaf of the train state."""
+    variables = variable_shardings(recipe.model, mesh)
+    shapes = abstract_variables(recipe.model)['params']
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return TrainState(
+        step=replicated,
+        params=variables['params'],
+        routing=variables.get('routing', {}),
+        opt_state=optimizer_state_shardings(recipe.optimizer, shapes, variables['params'], mesh),
+        skipped=replicated,
+    )
+
+
+def save_model(folder: pathlib.Path, state: TrainState, identity: dict[str, Any]) -> None:
+    """Saves what a model is used with, without what it was trained with."""
+    if complete_steps(folder):
+        return
+    manager = CheckpointManager(folder, keep_latest=1)
+    try:
+        variables = {'params': state.params, 'routing': state.routing}
+        manager.save(int(state.step), variables, data_state={}, metadata={'identity': identity})
+    finally:
+        manager.close()
+
+
+def load_model(
+    folder: pathlib.Path, model: Transformer, mesh: Mesh, identity: dict[str, Any]
+) -> Any:
+    """Loads variables that `save_model` wrote onto any mesh.
+
+    Raises:
+        InputError: where the folder holds none, or those of another model or tokenizer.
+    """
+    require_identity(read_metadata(folder).metadata['identity'], identity, folder)
+    shapes, shardings = abstract_variables(model), variable_shardings(model, mesh)
+    shapes, shardings = {'routing': {}} | shapes, {'routing': {}} | shardings
+    manager = CheckpointManager(folder)
+    try:
+        return manager.restore(_abstract(shapes, shardings))[0]
+    finally:
+        manager.close()
+
+
+def require_identity(saved: dict[str, Any], current: dict[str, Any], folder: pathlib.Path) -> None:
+    """Refuses a checkpoint of another model or tokenizer, by the fields that differ."""
+    differing = [key for key in current if saved.get(key) != current[key]]
+    if differing:
+        lines = [f'  {key}: {saved.get(key)!r} there, {current[key]!r} here' for key in differing]
+        raise InputError(
+            '\n'.join(
+                [
+                    f'The checkpoint in {folder} was made with another:',
+                    *lines,
+                    'Use the config that it was made with, or another checkpoint.',
+                ]
+            )
+        )
+
+
+def _start(
+    run: Run, manager: CheckpointManager, pipeline: TrainPipeline, shardings: TrainState
+) -> tuple[TrainState, float]:
+    """Returns the state to go on from and the seconds behind it; sets the pipeline's position."""
+    initial = functools.partial(initial_state, run.recipe)
+    if not complete_steps(manager.directory):
+        variables = init_sharded(run.recipe.model, run.key, run.mesh)
+        return jax.jit(initial, out_shardings=shardings)(variables), 0.0
+    shapes = jax.eval_shape(initial, abstract_variables(run.recipe.model))
+    state, position, metadata, _ = manager.restore(_abstract(shapes, shardings))
+    require_identity(metadata['identity'], run.identity, manager.directory)
+    pipeline.set_state(position)
+    return state, metadata['seconds']
+
+
+def _abstract(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _compile(run: Run, shardings: TrainState) -> CompiledStep:
+    """Jits the update with every sharding pinned, so that it compiles once."""
+    replicated = NamedSharding(run.mesh, PartitionSpec())
+    teacher = jax.tree.map(lambda leaf: leaf.sharding, run.teacher)
+    return jax.jit(
+        make_train_step(run.recipe),
+        in_shardings=(shardings, teacher, batch_sharding(run.mesh)),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )

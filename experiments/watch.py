@@ -1,0 +1,117 @@
+"""What a training run writes down as it goes: metrics, progress, checkpoints."""
+
+import pathlib
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from distill import distributed
+from distill.checkpoint import CheckpointManager, complete_steps
+from distill.config import TrainConfig
+from distill.metrics import JsonlWriter, Metrics, ProgressLine
+from distill.step import StepMetrics
+from distill.types import TrainState
+from moe.balance import load_statistics
+
+
+class Watch:
+    """Observes the steps of one run and saves its state; entered for as long as the run goes.
+
+    Args:
+        stage: shown on the progress line.
+        folder: of `metrics.jsonl`.
+        manager: of the run's checkpoints.
+        config: intervals.
+        identity: written into every checkpoint.
+        tokens_per_step: of the batch, padding included.
+        restored_step: where the run goes on from; 0 for its start.
+        seconds_before: that earlier sessions of the run took.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        folder: pathlib.Path,
+        manager: CheckpointManager,
+        config: TrainConfig,
+        identity: dict[str, Any],
+        *,
+        tokens_per_step: int,
+        restored_step: int,
+        seconds_before: float,
+    ) -> None:
+        self._manager = manager
+        self._config = config
+        self._identity = identity
+        self._tokens_per_step = tokens_per_step
+        self._first_step = restored_step
+        self._seconds_before = seconds_before
+        self._started = time.perf_counter()
+        self._window = Metrics()
+        self._since_checkpoint = Metrics()
+        self._line = ProgressLine(stage, config.steps, sys.stderr)
+        self._writer = (
+            JsonlWriter(folder / 'metrics.jsonl', restored_step=restored_step or None)
+            if distributed.is_writer()
+            else None
+        )
+
+    def __enter__(self) -> 'Watch':
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._line.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def seconds(self) -> float:
+        """The wall time of the run so far, over all its sessions."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def observe(self, step: int, metrics: StepMetrics) -> None:
+        """Adds up one step's metrics, and writes the means of every `log_every` steps."""
+        for window in (self._window, self._since_checkpoint):
+            window.add(metrics.pairs)
+        logged = step % self._config.log_every == 0 or step == self._config.steps
+        if step > 1 and not logged:
+            return
+        means = self._window.means()
+        self._window = Metrics()
+        tokens = (step - self._first_step) * self._tokens_per_step
+        self._line.update(step, tokens=tokens, loss=means.get('loss'))
+        if self._writer is not None:
+            self._writer.write(step, means | _expert_metrics(metrics))
+
+    def save(self, state: TrainState, position: dict[str, Any], wait: bool) -> None:
+        """Starts a checkpoint; returns when it is durable where `wait`."""
+        self._manager.save(
+            int(state.step),
+            state,
+            data_state=position,
+            metadata={'identity': self._identity, 'seconds': self.seconds()},
+            metric=self._since_checkpoint.means().get('loss'),
+        )
+        self._since_checkpoint = Metrics()
+        if wait:
+            self._manager.wait()
+
+    def last_saved(self) -> int | None:
+        """The step of the newest durable checkpoint."""
+        return max(complete_steps(self._manager.directory), default=None)
+
+
+def _expert_metrics(metrics: StepMetrics) -> dict[str, float]:
+    """Returns each MoE layer's load statistics of one step."""
+    if metrics.load is None or metrics.dropped is None:
+        return {}
+    rows = {}
+    for layer, (load, dropped) in enumerate(zip(metrics.load, metrics.dropped, strict=True)):
+        statistics = load_statistics(jnp.asarray(load), jnp.asarray(dropped))
+        rows |= {f'moe_{layer}/{name}': float(np.asarray(v)) for name, v in statistics.items()}
+    return rows
