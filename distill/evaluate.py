@@ -6,14 +6,14 @@ So any statistic of the corpus, and its bootstrap over documents, can be formed 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from distill.data import EvaluationSet
 from distill.eval_step import make_eval_step
 from distill.statistics import Estimate, paired_difference, paired_quotient, ratio
 from distill.types import Batch
@@ -23,24 +23,13 @@ from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
 
-class HeldOut(Protocol):
-    """What `evaluate` asks of a held-out set: `distill.data.EvaluationSet` has it."""
-
-    names: Sequence[str]
-    bytes: np.ndarray
-
-    def batches(self, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Yields each batch with the document index of its rows; -1 for rows that only fill it."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` measured, one entry for each document (`n` of them), float64.
 
     Attributes:
         names: of the documents.
-        bytes: of each document's predicted text, UTF-8.
+        bytes: of each document's text in UTF-8.
         tokens: predicted tokens.
         nats: cross-entropy summed over them.
         correct: tokens whose most probable prediction was right.
@@ -66,7 +55,7 @@ class Evaluation:
 def evaluate(
     model: Transformer,
     variables: Any,
-    evaluation_set: HeldOut,
+    evaluation_set: EvaluationSet,
     *,
     teacher: Transformer | None = None,
     teacher_variables: Any = None,
@@ -109,7 +98,7 @@ def evaluate(
     load = np.sum(experts, 0)
     return Evaluation(
         names=tuple(evaluation_set.names),
-        bytes=np.asarray(evaluation_set.bytes, np.float64),
+        bytes=np.asarray(evaluation_set.byte_counts, np.float64),
         **{'kl': None, 'agree': None, **totals},
         expert_layers=tuple(np.flatnonzero(model.config.moe_layers).tolist()),
         load=load[:, :-1] if load.size else np.zeros((0, 0)),

@@ -1,0 +1,286 @@
+"""The report of a study: `summary.json`, one self-contained page, and its pictures as files."""
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from distill import pictures
+from distill.metrics import format_duration, format_quantity
+from distill.page import PAGE
+from distill.summary import validate_summary
+from distill.tables import NOT_MEASURED, Cell, headline, measured_models, percent, table_rows
+
+Summary = Mapping[str, Any]
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+Samples = Mapping[str, Sequence[Mapping[str, str]]]
+
+ABSENT = '\u2013'
+
+
+def write_report(
+    workdir: str | Path,
+    summary: Summary,
+    curves: Curves,
+    samples: Samples,
+    *,
+    expert_load: np.ndarray | None = None,
+    curve_keys: tuple[str, str] = ('step', 'cross_entropy'),
+) -> Path:
+    """Writes `summary.json`, `report.html` and `pictures/*.png` under the workdir.
+
+    The page needs nothing besides itself. Each file is replaced whole, so a reader never sees half.
+
+    Args:
+        workdir: of the study; made where missing.
+        summary: of the schema of `summary.json`; what was not measured is absent.
+        curves: rows of training metrics for each model, in order.
+        samples: for each model its texts, `{'prompt', 'text'}`, in the same order for every model.
+        expert_load: the student's assignments to each expert on held-out text, `[MoE layers, E]`,
+            in the order of `summary['experts']`.
+        curve_keys: the keys of the curves' horizontal and vertical axes.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: where the summary does not fit its schema.
+    """
+    validate_summary(summary)
+    workdir = Path(workdir)
+    images = {
+        name: pictures.png(figure)
+        for name, figure in _figures(summary, curves, expert_load, curve_keys).items()
+    }
+    (workdir / 'pictures').mkdir(parents=True, exist_ok=True)
+    for name, image in images.items():
+        _replace(workdir / 'pictures' / f'{name}.png', image)
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    _replace(workdir / 'summary.json', text.encode() + b'\n')
+    _replace(workdir / 'report.html', render(summary, samples, images).encode())
+    return workdir / 'report.html'
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + '.partial')
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def _figures(
+    summary: Summary,
+    curves: Curves,
+    load: np.ndarray | None,
+    keys: tuple[str, str],
+) -> dict[str, Figure]:
+    """Makes the pictures that there are numbers for."""
+    x, y = keys
+    figures = {}
+    if any(row.get(y) is not None for rows in curves.values() for row in rows):
+        figures['learning_curves'] = pictures.learning_curves(curves, x=x, y=y)
+    models = summary['models'].values()
+    if any('bits_per_byte' in model and 'flops_per_token' in model for model in models):
+        figures['cost_quality'] = pictures.cost_quality(summary)
+    if load is not None and len(load):
+        layers = [row['layer'] for row in summary.get('experts', ())] or None
+        figures['expert_load'] = pictures.expert_load(load, layers)
+    return figures
+
+
+def render(summary: Summary, samples: Samples, images: Mapping[str, bytes]) -> str:
+    """Renders the page.
+
+    Args:
+        summary: of the schema of `summary.json`.
+        samples: as `write_report` takes them.
+        images: PNG files by name: 'learning_curves', 'cost_quality', 'expert_load'; any may miss.
+
+    Returns:
+        HTML that loads nothing from elsewhere. Everything a user or a model wrote is escaped.
+    """
+    body = [
+        f'<header><p class="kicker">Fractional: a distillation study</p>'
+        f'<h1>{escape(headline(summary))}</h1></header>',
+        _key_figures(summary),
+        _section('Teacher, student, control', _model_table(summary)),
+        _section('Learning', _picture(images, 'learning_curves', _CAPTIONS)),
+        _section('What quality costs', _picture(images, 'cost_quality', _CAPTIONS)),
+        _section('Experts', _picture(images, 'expert_load', _CAPTIONS) + _expert_table(summary)),
+        _section('In their own words', _samples(samples)),
+        _section('The price, step by step', _prices(summary)),
+        _section('How it was made', _provenance(summary)),
+    ]
+    return PAGE.format(title=escape('Fractional: report'), body='\n'.join(filter(None, body)))
+
+
+_CAPTIONS = {
+    'learning_curves': 'Training cross-entropy of each model on its own batches; student and '
+    'control see the same ones. Where a faint line is the raw value, the strong one is its moving '
+    'average.',
+    'cost_quality': 'Down and to the left is better. Bars are 95 % intervals over held-out '
+    'documents.',
+    'expert_load': "How often the student's routers chose each expert on held-out text, relative "
+    'to an even share: 1 is balanced, 0 is an expert that is never used.',
+}
+
+
+def _section(title: str, content: str) -> str:
+    return f'<section><h2>{escape(title)}</h2>{content}</section>' if content else ''
+
+
+def _picture(images: Mapping[str, bytes], name: str, captions: Mapping[str, str]) -> str:
+    if name not in images:
+        return ''
+    data = base64.b64encode(images[name]).decode()
+    caption = escape(captions[name])
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _key_figures(summary: Summary) -> str:
+    """Renders the numbers that a reader looks for first, as far as they were measured."""
+    comparison = summary.get('comparison', {})
+    figures = []
+    gain = comparison.get('control_minus_student_bits_per_byte')
+    if gain is not None:
+        figures.append((f'{gain["value"]:+.3f}', 'bits per byte gained over the control'))
+    if 'teacher_to_student_flops' in comparison:
+        ratio = comparison['teacher_to_student_flops']
+        figures.append((f'{ratio:.1f}\u00d7', 'fewer FLOPs per token than the teacher'))
+    if 'teacher_to_student_usd' in comparison:
+        ratio = comparison['teacher_to_student_usd']
+        figures.append((f'{ratio:.1f}\u00d7', 'cheaper per token than the teacher, measured here'))
+    if 'retained_accuracy' in comparison:
+        value = comparison['retained_accuracy']['value']
+        figures.append((percent(value), "of the teacher's accuracy kept"))
+    items = ''.join(f'<li><b>{escape(n)}</b> {escape(text)}</li>' for n, text in figures)
+    return f'<ul class="figures">{items}</ul>' if items else ''
+
+
+def _model_table(summary: Summary) -> str:
+    head = ''.join(
+        f'<th scope="col" class="{name}">{escape(name)}</th>' for name in measured_models(summary)
+    )
+    rows = []
+    for row in table_rows(summary):
+        unit = f'<small>{escape(row.unit)}</small>' if row.unit else ''
+        cells = ''.join(map(_cell, row.cells))
+        rows.append(f'<tr><th scope="row">{escape(row.label)}{unit}</th>{cells}</tr>')
+    note = '<p class="note">Small figures are 95 % bootstrap intervals over held-out documents.</p>'
+    return _table(f'<th></th>{head}', rows) + note
+
+
+def _cell(cell: Cell) -> str:
+    if cell.text == NOT_MEASURED:
+        return f'<td><abbr title="not measured">{ABSENT}</abbr></td>'
+    interval = f'<small>{escape(cell.interval)}</small>' if cell.interval else ''
+    return f'<td>{escape(cell.text)}{interval}</td>'
+
+
+def _table(head: str, rows: Sequence[str]) -> str:
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Renders a table whose first column is text and whose others are numbers."""
+    heads = ''.join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    body = [
+        f'<tr><th scope="row">{escape(first)}</th>'
+        + ''.join(f'<td>{escape(text)}</td>' for text in rest)
+        + '</tr>'
+        for first, *rest in rows
+    ]
+    return _table(heads, body)
+
+
+def _expert_table(summary: Summary) -> str:
+    experts = summary.get('experts', ())
+    if not experts:
+        return ''
+    rows = [
+        [
+            str(row['layer']),
+            f'{row["max_violation"]:.2f}',
+            f'{row["entropy"]:.3f}',
+            str(row['dead_experts']),
+            percent(row['drop_fraction']),
+        ]
+        for row in experts
+    ]
+    note = (
+        '<p class="note">MaxVio is how far the busiest expert lies above the mean load; entropy is '
+        'that of the load, divided by its largest possible value.</p>'
+    )
+    return _plain_table(['Layer', 'MaxVio', 'Entropy', 'Dead experts', 'Dropped'], rows) + note
+
+
+def _samples(samples: Samples) -> str:
+    """Renders each prompt once, with every model's continuation under it."""
+    blocks = []
+    for index in range(max(map(len, samples.values()), default=0)):
+        texts = {name: rows[index] for name, rows in samples.items() if index < len(rows)}
+        prompt = next(iter(texts.values()))['prompt']
+        cards = ''.join(
+            f'<div class="sample"><h3 class="{escape(name)}">{escape(name)}</h3>'
+            f'<pre><mark>{escape(row["prompt"])}</mark>{escape(row["text"])}</pre></div>'
+            for name, row in texts.items()
+        )
+        blocks.append(f'<div class="samples" aria-label="{escape(prompt)}">{cards}</div>')
+    return ''.join(blocks)
+
+
+def _prices(summary: Summary) -> str:
+    items = []
+    for name in measured_models(summary):
+        price = summary['models'][name].get('usd_per_million_tokens')
+        if price is not None:
+            items.append(
+                f'<dt class="{name}">{name}</dt><dd><code>{escape(_text(price["basis"]))}</code>'
+                f'<small>{escape(price["chip"])}: {escape(_text(price["price_source"]))}</small>'
+                '</dd>'
+            )
+    return f'<dl>{"".join(items)}</dl>' if items else ''
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _provenance(summary: Summary) -> str:
+    stages = [
+        [
+            name,
+            format_duration(stage['seconds']),
+            f'{stage["steps"]:,}' if 'steps' in stage else ABSENT,
+            format_quantity(stage['tokens']) if 'tokens' in stage else ABSENT,
+        ]
+        for name, stage in summary['stages'].items()
+    ]
+    facts = {
+        'seed': summary['seed'],
+        'git commit': summary.get('git_commit', 'not measured'),
+        **{f'{key} ': value for key, value in summary['devices'].items()},
+        **summary['versions'],
+    }
+    items = ''.join(
+        f'<dt>{escape(str(key).strip())}</dt><dd>{escape(_text(value))}</dd>'
+        for key, value in facts.items()
+    )
+    config = escape(json.dumps(summary['config'], indent=2))
+    return (
+        f'<h3>Once more</h3><pre class="command">{escape(summary["command"])}</pre>'
+        f'<h3>Time</h3>{_plain_table(["Stage", "Wall time", "Updates", "Tokens"], stages)}'
+        f'<h3>Circumstances</h3><dl class="facts">{items}</dl>'
+        f'<details><summary>The whole config</summary><pre>{config}</pre></details>'
+    )
