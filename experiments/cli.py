@@ -38,8 +38,8 @@ def _guarded(main: Callable[[], None]) -> int:
             raise
         _say(
             f'Error: no space left to write {error.filename or "a file"} ({error.strerror}). What '
-            'was complete is intact. Free some space, or choose another --workdir, and run the same '
-            'command again.'
+            'was complete is intact. Free some space, or choose another --workdir, and run the '
+            'same command again.'
         )
         return 1
     return 0

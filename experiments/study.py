@@ -4,12 +4,12 @@ import dataclasses
 from typing import Any, Literal
 
 import ml_collections
+
+from distill.config import BalanceConfig, TrainConfig
 from distill.cost import chip_price
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig
 from distill.tokenizer import ByteTokenizer
-
-from distill.config import BalanceConfig, TrainConfig
 from experiments.build import build
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
@@ -69,7 +69,8 @@ class TeacherConfig:
         if (self.source == 'checkpoint') != (self.checkpoint is not None):
             raise InputError(
                 "config.teacher.checkpoint is a trained stage's folder and goes with "
-                f"source='checkpoint'; received source={self.source!r}, checkpoint={self.checkpoint!r}."
+                f"source='checkpoint'; received source={self.source!r} and "
+                f'checkpoint={self.checkpoint!r}.'
             )
 
 

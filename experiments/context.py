@@ -1,0 +1,136 @@
+"""What the stages of one launch share: config, folder, mesh, text, tokens; made when needed."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import ml_collections
+
+from distill import distributed
+from distill.corpus import TokenCorpus, load_or_tokenize
+from distill.data import DataConfig, EvaluationSet, TrainPipeline, evaluation_rows
+from distill.sources import Document, read_documents, split_documents
+from distill.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_or_load
+from experiments.signals import StopSignal
+from experiments.study import StudyConfig, build_study
+from experiments.workdir import Workdir
+from moe.config import TransformerConfig
+from moe.sharding import make_mesh
+from moe.transformer import Transformer
+
+T = TypeVar('T')
+
+
+class Context:
+    """A study being run in a folder.
+
+    Args:
+        config: of the study; checked here, before anything is made.
+        workdir: path of the folder.
+        command: that repeats the launch, for the report.
+        stop: asked to stop.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, workdir: str, *, command: str, stop: StopSignal
+    ) -> None:
+        self.study: StudyConfig = build_study(config)
+        self.mesh = make_mesh(self.study.mesh)
+        self.workdir = Workdir(workdir, config, writer=distributed.is_writer())
+        self.values: dict[str, Any] = config.to_dict()
+        self.command = command
+        self.stop = stop
+
+    def model(self, config: TransformerConfig) -> Transformer:
+        """A model on this study's mesh; on one device it needs none."""
+        return Transformer(config, self.mesh if self.mesh.size > 1 else None)
+
+    @functools.cached_property
+    def split(self) -> tuple[list[Document], list[Document]]:
+        """Train and held-out documents."""
+        data = self.study.data
+        documents = _limited(read_documents(data.source, field=data.field), data.max_bytes)
+        return split_documents(documents, data.held_out_fraction, self.study.seed)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The teacher checkpoint's; else the bytes, or a BPE trained once on the train split."""
+        data, checkpoint = self.study.data, self.study.teacher.checkpoint
+        if checkpoint is not None:
+            return load_tokenizer(pathlib.Path(checkpoint).parent / 'tokenizer')
+        folder = self.workdir.path / 'tokenizer'
+        if data.tokenizer == 'byte':
+            return _writer_first(lambda: _saved(ByteTokenizer(), folder), 'tokenizer')
+        texts = [document.text for document in self.split[0]]
+        return _writer_first(lambda: train_or_load(folder, texts, data.vocab_size), 'tokenizer')
+
+    @functools.cached_property
+    def corpus(self) -> TokenCorpus:
+        """The tokens of the train split."""
+        folder = self.workdir.path / 'tokens'
+        return _writer_first(
+            lambda: load_or_tokenize(folder, self.split[0], self.tokenizer), 'tokens'
+        )
+
+    @functools.cached_property
+    def held_out(self) -> EvaluationSet:
+        """The held-out documents that are evaluated, as rows."""
+        data = self.study.data
+        return evaluation_rows(
+            self.split[1], self.tokenizer, data.seq_len, max_documents=data.held_out_documents
+        )
+
+    def pipeline(self) -> TrainPipeline:
+        """A fresh stream of training batches, alike for every model of the study."""
+        data = self.study.data
+        return TrainPipeline(
+            self.corpus,
+            DataConfig(data.seq_len, data.batch_size, self.study.seed),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def identity(self, config: TransformerConfig) -> dict[str, Any]:
+        """What a checkpoint of a model must agree with to be used here."""
+        architecture = dataclasses.asdict(config)
+        # How a model is computed is free to change; what it computes is not.
+        for name in ('dtype', 'param_dtype', 'remat'):
+            del architecture[name]
+        if architecture['moe'] is not None:
+            del architecture['moe']['dispatch']
+            del architecture['moe']['capacity_factor']
+        # As JSON gives it back from a checkpoint: lists for tuples.
+        plain = json.loads(json.dumps(architecture))
+        return {'model': plain, 'tokenizer': self.tokenizer.fingerprint}
+
+
+def _limited(documents: list[Document], max_bytes: int) -> list[Document]:
+    """Keeps whole documents, chosen by a hash of their text, up to `max_bytes` of UTF-8."""
+    ranked = sorted(
+        range(len(documents)),
+        key=lambda index: hashlib.sha256(documents[index].text.encode()).digest(),
+    )
+    sizes = (len(documents[index].text.encode()) for index in ranked)
+    behind = itertools.accumulate(sizes)
+    kept = {index for index, size in zip(ranked, behind, strict=True) if size <= max_bytes}
+    return [document for index, document in enumerate(documents) if index in kept]
+
+
+def _saved(tokenizer: ByteTokenizer, folder: pathlib.Path) -> ByteTokenizer:
+    """Puts the tokenizer where those who use this study's checkpoints look for it."""
+    if not folder.exists():
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def _writer_first(make: Callable[[], T], name: str) -> T:
+    """Lets one process write what the others then read."""
+    made = make() if distributed.is_writer() else None
+    distributed.barrier(name)
+    return make() if made is None else made

@@ -1,0 +1,119 @@
+"""The evaluate stage: quality on held-out text, load of the experts, cost, samples of text."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from moe.decode import generate
+
+from distill.cost import (
+    chip_price,
+    measure_prefill,
+    teacher_to_student,
+    usd_per_million_tokens,
+)
+from distill.evaluate import Evaluation, compare, evaluate, expert_statistics, summarize
+from experiments.context import Context
+from moe.accounting import bytes_per_token, flops_per_token, parameter_report
+from moe.transformer import Transformer
+
+Models = dict[str, tuple[Transformer, Any]]
+
+
+def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
+    """Measures teacher, student and control on the same held-out text and this machine.
+
+    Returns:
+        `models`, `comparison` and `experts` of the summary, the student's expert `load` and the
+        `samples` of every model.
+    """
+    evaluations = {name: _quality(context, models, name) for name in models}
+    rows = {
+        name: summarize(evaluations[name], seed=context.study.seed) | _cost(context, *models[name])
+        for name in models
+    }
+    teacher, student = rows['teacher'], rows['student']
+    return {
+        'models': rows,
+        'comparison': compare(**evaluations, seed=context.study.seed)
+        | teacher_to_student(
+            teacher_flops=teacher['flops_per_token'],
+            student_flops=student['flops_per_token'],
+            teacher_usd=teacher['usd_per_million_tokens']['value'],
+            student_usd=student['usd_per_million_tokens']['value'],
+        ),
+        'experts': expert_statistics(evaluations['student']),
+        'load': evaluations['student'].load.tolist(),
+        'samples': {name: _samples(context, *models[name]) for name in models},
+    }
+
+
+def _quality(context: Context, models: Models, name: str) -> Evaluation:
+    """Evaluates one model; the teacher is compared with itself by nobody."""
+    model, variables = models[name]
+    teacher, teacher_variables = (None, None) if name == 'teacher' else models['teacher']
+    return evaluate(
+        model,
+        variables,
+        context.held_out,
+        teacher=teacher,
+        teacher_variables=teacher_variables,
+        batch_size=context.study.evaluate.batch_size,
+    )
+
+
+def _cost(context: Context, model: Transformer, variables: Any) -> dict[str, Any]:
+    """Counts and measures what a token costs."""
+    config, length = context.study.evaluate, context.study.evaluate.context_length
+    parameters = parameter_report(model.config)
+    tokens = jnp.asarray(_prefill_tokens(context))
+    speed = measure_prefill(model, variables, tokens)
+    return {
+        'parameters': {'total': parameters.total, 'active': parameters.active},
+        'flops_per_token': flops_per_token(model.config, context_length=length).total,
+        'bytes_per_token': bytes_per_token(model.config, batch=1, context_length=length).total,
+        'tokens_per_second': speed,
+        'usd_per_million_tokens': dict(
+            usd_per_million_tokens(speed, chip_price(config.chip), chips=jax.device_count())
+        ),
+    }
+
+
+def _prefill_tokens(context: Context) -> np.ndarray:
+    """Fills a batch with held-out text, end to end."""
+    config, length = context.study.evaluate, context.study.evaluate.context_length
+    rows = context.held_out.rows
+    text = rows.tokens[rows.mask]
+    return np.resize(text, (config.prefill_batch, length)).astype(np.int32)
+
+
+def _samples(context: Context, model: Transformer, variables: Any) -> list[dict[str, str]]:
+    """Lets a model continue each prompt."""
+    config, tokenizer = context.study.evaluate, context.tokenizer
+    prompts = [np.array([tokenizer.bos_id, *tokenizer.encode(text)]) for text in config.prompts]
+    length = max(map(len, prompts))
+    tokens = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    written, _ = generate(
+        model,
+        variables,
+        tokens,
+        prompt_mask=mask,
+        max_new_tokens=config.sample_tokens,
+        temperature=config.temperature,
+        key=jax.random.key(context.study.seed),
+        eos_id=tokenizer.eos_id,
+    )
+    return [
+        {'prompt': prompt, 'text': tokenizer.decode(_until(row, tokenizer.eos_id))}
+        for prompt, row in zip(config.prompts, np.asarray(written), strict=True)
+    ]
+
+
+def _until(ids: np.ndarray, eos_id: int) -> np.ndarray:
+    ends = np.flatnonzero(ids == eos_id)
+    return ids[: ends[0]] if ends.size else ids

@@ -1,0 +1,93 @@
+"""The report stage: everything the other stages measured, in summary.json and on one page."""
+
+import json
+import pathlib
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from distill import distributed
+from distill.report import write_report
+from distill.tables import headline, terminal_table
+from experiments.context import Context
+
+_LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'tokenizers')
+_TRAINED = ('teacher', 'student', 'control')
+
+
+def write_study_report(context: Context) -> None:
+    """Writes the report, and prints the table, where the report is and what to try next."""
+    if not distributed.is_writer():
+        return
+    evaluation = context.workdir.require_result('evaluate', wanted_by='report')
+    summary = _summary(context, evaluation)
+    page = write_report(
+        context.workdir.path,
+        summary,
+        {name: _curve(context.workdir.path / name) for name in _TRAINED},
+        evaluation['samples'],
+        expert_load=np.array(evaluation['load']),
+    )
+    print(f'\n{terminal_table(summary)}\n\n{headline(summary)}\n')
+    print(f'Report: {page}\n{_next_steps()}')
+
+
+def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
+    stages = {name: context.workdir.result(name) for name in (*_TRAINED, 'evaluate')}
+    commit = _git_commit()
+    return {
+        'schema': 1,
+        'command': context.command,
+        'config': json.loads(json.dumps(context.values)),
+        'seed': context.study.seed,
+        **({} if commit is None else {'git_commit': commit}),
+        'versions': {'python': platform.python_version()}
+        | {name: metadata.version(name) for name in _LIBRARIES},
+        'devices': {
+            'kind': jax.devices()[0].device_kind,
+            'count': jax.device_count(),
+            'processes': jax.process_count(),
+            'machine': platform.machine(),
+        },
+        'stages': {
+            name: {key: result[key] for key in ('seconds', 'steps', 'tokens') if key in result}
+            for name, result in stages.items()
+            if result is not None
+        },
+        'models': evaluation['models'],
+        'comparison': evaluation['comparison'],
+        'experts': evaluation['experts'],
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that runs, marked where it has changes; None outside of one."""
+    root = pathlib.Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:
+    file = folder / 'metrics.jsonl'
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _next_steps() -> str:
+    return (
+        'Next: your own text with --config.data.source=PATH_OR_GLOB, more experts with '
+        '--config.student.model.moe.router.num_experts=16, longer training with '
+        '--config.student.train.steps=1000; each in a --workdir of its own.'
+    )

@@ -1,0 +1,175 @@
+"""The stages of a study, in order. Each leaves a result; one whose result is complete is skipped."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from distill.teacher import OnlineTeacher
+
+from distill.config import BalanceConfig, TrainConfig
+from distill.objective import Objective, Term
+from distill.optimizer import OptimizerConfig, make_optimizer
+from distill.step import Recipe
+from experiments.context import Context
+from experiments.evaluation import evaluate_models
+from experiments.reporting import write_study_report
+from experiments.training import Run, load_model, train_model
+from moe.config import TransformerConfig
+from moe.errors import InputError
+from moe.sharding import logical_axes, variable_shardings
+from moe.transformer import Transformer
+
+# Student and control start from the same parameters, the teacher from others.
+_TEACHER_KEY, _STUDENT_KEY = 0, 1
+
+
+def run_stages(context: Context, names: tuple[str, ...]) -> None:
+    """Runs the named stages in their order; skips those that are complete.
+
+    Raises:
+        InputError: for a name that is no stage, or a stage whose input is not there.
+    """
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise InputError(
+            f'--stages has no {", ".join(map(repr, unknown))}; choose from {", ".join(STAGES)}.'
+        )
+    for name, stage in STAGES.items():
+        if name not in names:
+            continue
+        if context.workdir.result(name) is not None:
+            logging.info('Stage %s is complete: skipped.', name)
+            continue
+        start = time.perf_counter()
+        result = stage(context)
+        seconds = round(time.perf_counter() - start, 3)
+        context.workdir.complete(name, {'seconds': seconds} | result)
+
+
+def teacher(context: Context) -> dict[str, Any]:
+    """Trains the teacher on the text, or checks that its checkpoint can be used."""
+    config = context.study.teacher
+    if config.source == 'checkpoint':
+        load_teacher(context)
+        return {}
+    objective = Objective((Term('cross_entropy'),))
+    recipe = _recipe(context, config.model, objective, config.optimizer, config.train)
+    return _train(context, 'teacher', recipe, key=_TEACHER_KEY)
+
+
+def student(context: Context) -> dict[str, Any]:
+    """Distils the teacher into the student."""
+    config = context.study.student
+    context.workdir.require_result('teacher', wanted_by='student')
+    model, variables = load_teacher(context)
+    recipe = _recipe(
+        context,
+        config.model,
+        config.objective(),
+        config.optimizer,
+        config.train,
+        balance=config.balance,
+        teacher=OnlineTeacher(model),
+    )
+    if not recipe.objective.needs_teacher:
+        raise InputError('config.student.terms must hold a divergence from the teacher.')
+    return _train(context, 'student', recipe, key=_STUDENT_KEY, teacher=variables)
+
+
+def control(context: Context) -> dict[str, Any]:
+    """Trains the student's twin on the same batches, from the same start, without a teacher."""
+    config = context.study.student
+    recipe = _recipe(
+        context,
+        config.model,
+        context.study.control.objective(),
+        config.optimizer,
+        config.train,
+        balance=config.balance,
+    )
+    return _train(context, 'control', recipe, key=_STUDENT_KEY)
+
+
+def evaluate(context: Context) -> dict[str, Any]:
+    """Measures all three on the same held-out text."""
+    for name in ('teacher', 'student', 'control'):
+        context.workdir.require_result(name, wanted_by='evaluate')
+    student_model = context.model(context.study.student.model)
+    students = {
+        name: (student_model, _load(context, name, student_model))
+        for name in ('student', 'control')
+    }
+    return evaluate_models(context, {'teacher': load_teacher(context)} | students)
+
+
+def report(context: Context) -> dict[str, Any]:
+    """Writes summary.json, report.html and the pictures, and prints the table."""
+    context.workdir.require_result('evaluate', wanted_by='report')
+    write_study_report(context)
+    return {}
+
+
+STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
+    'teacher': teacher,
+    'student': student,
+    'control': control,
+    'evaluate': evaluate,
+    'report': report,
+}
+
+
+def load_teacher(context: Context) -> tuple[Transformer, Any]:
+    """Loads the frozen teacher in its own dtype, each array on the devices that hold it."""
+    config = context.study.teacher
+    trained = context.model(config.model)
+    variables = _load(context, 'teacher', trained, folder=config.checkpoint)
+    frozen = dataclasses.replace(config.model, dtype=config.dtype, param_dtype=config.dtype)
+    model = context.model(frozen)
+    cast = jax.jit(
+        lambda params: jax.tree.map(lambda leaf: leaf.astype(config.dtype), params),
+        out_shardings=variable_shardings(model, context.mesh)['params'],
+    )
+    return model, variables | {'params': cast(variables['params'])}
+
+
+def _recipe(
+    context: Context,
+    model: TransformerConfig,
+    objective: Objective,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    *,
+    balance: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
+    teacher: OnlineTeacher | None = None,
+) -> Recipe:
+    built = context.model(model)
+    axes = logical_axes(built)['params']
+    chain = make_optimizer(optimizer, train.steps, axes)
+    return Recipe(built, objective, chain, train, balance, teacher)
+
+
+def _train(
+    context: Context, stage: str, recipe: Recipe, *, key: int, teacher: Any = None
+) -> dict[str, Any]:
+    data = context.study.data
+    run = Run(
+        stage=stage,
+        folder=context.workdir.stage(stage),
+        recipe=recipe,
+        mesh=context.mesh,
+        teacher={} if teacher is None else teacher,
+        key=jax.random.fold_in(jax.random.key(context.study.seed), key),
+        identity=context.identity(recipe.model.config),
+        tokens_per_step=data.batch_size * data.seq_len,
+    )
+    return train_model(run, context.pipeline(), context.stop)
+
+
+def _load(context: Context, stage: str, model: Transformer, folder: str | None = None) -> Any:
+    """Loads the variables of a trained stage, of this study or in another folder."""
+    path = context.workdir.path / stage if folder is None else pathlib.Path(folder)
+    return load_model(path / 'model', model, context.mesh, context.identity(model.config))
