@@ -1,4 +1,4 @@
-"""What a run says while it runs: (sum, weight) pairs to means, metric files, one line of progress."""
+"""What a run says as it goes: (sum, weight) pairs to means, metric files, a line of progress."""
 
 import json
 import math
@@ -66,8 +66,9 @@ class JsonlWriter:
 
         Args:
             path: created, with its directory, where missing.
-            restored_step: of the checkpoint that the run goes on from: later lines are dropped, and a
-                last line cut off by a kill. None for a run from its start: every line is dropped.
+            restored_step: of the checkpoint that the run goes on from: lines of later steps are
+                dropped, and a last one cut off by a kill. None for a run from its start: every line
+                is dropped.
 
         Raises:
             InputError: where a line before the last is not a JSON object with a step.
@@ -99,8 +100,8 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)['step'] <= step and line.endswith('\n'):
-                kept.append(line)
+            if json.loads(line)['step'] <= step:
+                kept.append(line.rstrip('\n') + '\n')
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise InputError(
@@ -120,14 +121,14 @@ class TensorBoardWriter:
 
         Args:
             directory: of the event files.
-            restored_step: of the checkpoint that the run goes on from: what TensorBoard shows of later
-                steps is purged. None for a run from its start: every step is.
+            restored_step: of the checkpoint that the run goes on from: what TensorBoard shows of
+                later steps is purged. None for a run from its start: every step is.
 
         Raises:
             InputError: where tensorboardX is not installed.
         """
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InputError(
                 'Writing for TensorBoard requires tensorboardX, which is not installed. Run '

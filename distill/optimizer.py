@@ -28,8 +28,8 @@ class OptimizerConfig:
         name: 'adamw' for every parameter; 'muon' for the matrices between embedding and head (each
             layer's, expert's, gate's and up-projection's by itself) and AdamW for the rest.
         warmup_steps: updates of linear warm-up; update s, from 0, uses (s + 1) / warmup_steps.
-        schedule: after the warm-up: 'cosine' to the end, 'wsd' (warm-up, stable, decay: constant, then
-            linear) or 'constant'.
+        schedule: after the warm-up: 'cosine' to the end, 'wsd' (warm-up, stable, decay: constant,
+            then linear) or 'constant'.
         decay_fraction: the share of all steps in which 'wsd' decays; used by 'wsd' alone.
         final_fraction: of the peak, where 'cosine' and 'wsd' end.
         weight_decay: decoupled, multiplied by the learning rate. Matrices decay, the head and the
@@ -38,7 +38,7 @@ class OptimizerConfig:
         b1: decay of AdamW's first moment.
         b2: decay of AdamW's second moment.
         eps: added to denominators.
-        clip_norm: the largest global norm of the gradient, over all parameters; None for no clipping.
+        clip_norm: the largest norm of the gradient, over all parameters; None for no clipping.
         muon_momentum: decay of Muon's (Nesterov) momentum.
         muon_iterations: Newton-Schulz iterations.
         muon_rms: the RMS that an orthogonalised update is scaled to; 0.2 is about AdamW's.
@@ -95,7 +95,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     Raises:
         InputError: where warm-up and decay do not fit in `total_steps`.
 
-    Source: 'wsd' is MiniCPM (arXiv 2404.06395), with the linear decay of Hägele et al. (2405.18392).
+    Source: 'wsd' is MiniCPM's (arXiv 2404.06395), with a linear decay as in arXiv 2405.18392.
     """
     require(_is_integer(total_steps, 1), 'total_steps', 'a positive integer', total_steps)
     peak, warmup = config.learning_rate, config.warmup_steps
@@ -133,8 +133,8 @@ def make_optimizer(
     Returns:
         The transformation; its `update` needs the parameters.
 
-    Source: Muon is Keller Jordan's, as `optax.contrib.scale_by_muon`; the scale to a constant RMS and
-        the decay are Liu et al. (arXiv 2502.16982), equation 4.
+    Source: Muon is Keller Jordan's, as `optax.contrib.scale_by_muon`; the scale to a constant RMS
+        and the weight decay are Liu et al.'s (arXiv 2502.16982).
     """
     rate = learning_rate_schedule(config, total_steps)
     adamw = optax.adamw(
@@ -158,8 +158,7 @@ def _muon(config: OptimizerConfig, rate: optax.Schedule, axes: Any) -> optax.Gra
     dimensions = _map_axes(_muon_dimensions, axes)
 
     def scale_to_rms(updates: Any, _: Any) -> Any:
-        def scaled(update: jax.Array, numbers: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-            sides = (numbers.reduction_axis, numbers.output_axis)
+        def scaled(update: jax.Array, sides: tuple[tuple[int, ...], ...]) -> jax.Array:
             widest = max(math.prod(update.shape[axis] for axis in side) for side in sides)
             return update * jnp.asarray(config.muon_rms * math.sqrt(widest), update.dtype)
 
@@ -198,9 +197,7 @@ def _sides(axes: Axes) -> tuple[tuple[int, ...], ...]:
     if len(sides) == 3 and axes[sides[1][0]] is None:
         del sides[1]
     if len(sides) > 2:
-        raise ValueError(
-            f'A parameter must be a stack of matrices or vectors; its axes are {axes}.'
-        )
+        raise ValueError(f'A parameter must be a stack of matrices or vectors; received {axes}.')
     return tuple(sides)
 
 
@@ -225,35 +222,24 @@ def optimizer_state_shardings(
 ) -> Any:
     """Derives the optimizer state's shardings: what mirrors a parameter lies as it does.
 
-    A leaf mirrors a parameter where its path ends in the parameter's whole path and their shapes are
-    equal. (`optax.tree_map_params` cannot see through `optax.partition` with labels per parameter.)
-
     Args:
-        optimizer: any transformation.
+        optimizer: a transformation whose state for a parameter has the parameter's shape.
         params_shapes: parameters, or their `jax.ShapeDtypeStruct`s.
         params_shardings: shaped like them, a sharding for each.
         mesh: on which the rest, counters and constants, is replicated.
 
     Returns:
         Shardings shaped like `optimizer.init(params)`.
-
-    Raises:
-        ValueError: where a leaf of two or more dims mirrors no parameter: replicating it is no answer.
     """
-    shardings = dict(jax.tree_util.tree_leaves_with_path(params_shardings))
-    params = {
-        path: (leaf.shape, shardings[path])
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params_shapes)
-    }
 
-    def of_leaf(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-        suffixes = (path[start:] for start in range(len(path)))
-        shape, sharding = next((params[s] for s in suffixes if s in params), (None, None))
-        if shape == leaf.shape:
-            return sharding
-        if leaf.ndim > 1 or shape is not None:
-            name = jax.tree_util.keystr(path)
-            raise ValueError(f'Optimizer state {name} {leaf.shape} mirrors no parameter.')
-        return NamedSharding(mesh, PartitionSpec())
+    def of_leaf(leaf: Any, sharding: Any) -> Any:
+        return leaf if isinstance(leaf, optax.MaskedNode) else sharding
 
-    return jax.tree_util.tree_map_with_path(of_leaf, jax.eval_shape(optimizer.init, params_shapes))
+    return optax.tree_map_params(
+        optimizer,
+        of_leaf,
+        jax.eval_shape(optimizer.init, params_shapes),
+        params_shardings,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
