@@ -69,16 +69,16 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
-            raise _wrong_type(path, f'a mapping of the fields of {hint.__name__}', value)
+            raise _wrong_type(path, f'mapping, of the fields of {hint.__name__}', value)
         return build(hint, value, path)
     if origin is tuple:
         if not isinstance(value, tuple | list):
-            raise _wrong_type(path, 'a tuple', value)
+            raise _wrong_type(path, 'tuple', value)
         inner = typing.get_args(hint)[0]
         return tuple(_convert(item, inner, f'{path}[{i}]') for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise _wrong_type(path, 'a mapping', value)
+            raise _wrong_type(path, 'mapping', value)
         inner = typing.get_args(hint)[1]
         return {key: _convert(item, inner, f'{path}.{key}') for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

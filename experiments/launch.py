@@ -1,4 +1,6 @@
-"""Runs a study: python -m experiments.launch --config=configs/quickstart.py --workdir=runs/quickstart
+"""Runs a study.
+
+    python -m experiments.launch --config=configs/quickstart.py --workdir=runs/quickstart
 
 Every key of the config can be overridden: --config.student.model.num_layers=3. Stages that are
 complete in the workdir are skipped, and one that was cut off goes on where it was.

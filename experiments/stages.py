@@ -1,4 +1,4 @@
-"""The stages of a study, in order. Each leaves a result; one whose result is complete is skipped."""
+"""The stages of a study, in order: each leaves a result, and is skipped where it is complete."""
 
 import dataclasses
 import pathlib
@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 from absl import logging
-from distill.teacher import OnlineTeacher
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, make_optimizer
 from distill.step import Recipe
+from distill.teacher import OnlineTeacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
 from experiments.reporting import write_study_report
