@@ -1,0 +1,191 @@
+"""The loop over chunks of tokens behind `fused.py`: values and gradients of one device and of a mesh.
+
+Nothing of [tokens, vocab] outlives a chunk. Over a mesh the loop runs inside `shard_map`: tokens
+stay where they are, the head is gathered over `fsdp` once and stays split on `tensor`, where maxima
+and sums over the vocabulary are taken by collectives of one number a token; gradients are summed
+over the mesh once, after the last chunk.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from distill.integrands import (
+    Divergence,
+    label_integrand,
+    log_softmax,
+    logits_gradient,
+    vocabulary_sum,
+)
+from distill.types import DenseTargets, HiddenTargets
+
+TOKENS = ('data', 'fsdp', 'expert')
+VOCAB = 'tensor'
+
+
+class Operands(NamedTuple):
+    """What the loss depends on and is not differentiated in."""
+
+    targets: HiddenTargets | DenseTargets | None
+    labels: Int[Array, 'B T'] | None
+    mask: Bool[Array, 'B T']
+    temperatures: Float[Array, 'groups']
+    weights: Float[Array, 'terms']
+
+
+Group = tuple[tuple[int, Divergence], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known when traced; terms of one group share a temperature and its softmax."""
+
+    groups: tuple[Group, ...]
+    chunk_size: int
+    mesh: Mesh | None
+
+
+def over_mesh(
+    plan: Plan, differentiate: bool, hidden: Array, head: Array, operands: Operands
+) -> tuple[Array, ...]:
+    """Returns the sums by term and, if `differentiate`, the gradients in hidden and head."""
+    if plan.mesh is None:
+        return _over_chunks(plan, differentiate, hidden, head, operands)
+    rows, vocab = P(TOKENS), P(None, VOCAB)
+    targets: Any = None
+    if isinstance(operands.targets, HiddenTargets):
+        targets = HiddenTargets(hidden=rows, head=vocab)  # type: ignore
+    elif isinstance(operands.targets, DenseTargets):
+        targets = DenseTargets(logits=P(TOKENS, None, VOCAB))  # type: ignore
+    labels: Any = None if operands.labels is None else rows
+    specs: Any = Operands(targets, labels, mask=rows, temperatures=P(), weights=P())  # type: ignore
+    return jax.shard_map(
+        functools.partial(_on_device, plan, differentiate),
+        mesh=plan.mesh,
+        in_specs=(rows, vocab, specs),
+        out_specs=(P(), rows, P('fsdp', VOCAB)) if differentiate else (P(),),
+    )(hidden, head, operands)
+
+
+def _on_device(
+    plan: Plan, differentiate: bool, hidden: Array, head: Array, operands: Operands
+) -> tuple[Array, ...]:
+    """Runs one device's chunks, then sums over the mesh what the devices hold parts of."""
+    sums, *gradients = _over_chunks(plan, differentiate, hidden, head, operands)
+    sums = jax.lax.psum(sums, TOKENS)
+    if not differentiate:
+        return (sums,)
+    d_hidden, d_head = gradients
+    d_hidden = jax.lax.psum(d_hidden, VOCAB)
+    d_head = jax.lax.psum_scatter(d_head, 'fsdp', scatter_dimension=0, tiled=True)
+    return sums, d_hidden, jax.lax.psum(d_head, ('data', 'expert'))
+
+
+def _over_chunks(
+    plan: Plan, differentiate: bool, hidden: Array, head: Array, operands: Operands
+) -> tuple[Array, ...]:
+    """Scans over chunks of one device's positions, adding up in place."""
+    B, T, _ = hidden.shape
+    chunks = -(-T // max(1, plan.chunk_size // B))
+    length = -(-T // chunks)
+    dtype = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)
+
+    def step(carry: tuple[Array, ...], index: Array) -> tuple[tuple[Array, ...], None]:
+        # The last chunk starts early enough to end at T; what it would count twice is masked.
+        start = jnp.minimum(index * length, T - length)
+        x, chunk = _take((hidden, operands), start, length)
+        fresh = start + jnp.arange(length) >= index * length
+        chunk = chunk._replace(mask=chunk.mask & fresh)
+        x = jnp.where(chunk.mask[..., None], x, 0)
+        sums, d_logits = _chunk(plan, _product(x, head, dtype), chunk)
+        if not differentiate:
+            return (carry[0] + sums,), None
+        d_logits = d_logits.astype(jnp.result_type(hidden, head))
+        d_x = jnp.einsum('btv,dv->btd', d_logits, head, preferred_element_type=dtype)
+        d_x = d_x + jax.lax.dynamic_slice_in_dim(carry[1], start, length, axis=1)
+        d_hidden = jax.lax.dynamic_update_slice_in_dim(carry[1], d_x, start, axis=1)
+        d_head = jnp.einsum('btd,btv->dv', x, d_logits, preferred_element_type=dtype)
+        return (carry[0] + sums, d_hidden, carry[2] + d_head), None
+
+    zeros = [_zeros(plan, operands.weights.shape, dtype, TOKENS)]
+    if differentiate:
+        everywhere = (*TOKENS, VOCAB)
+        zeros += [_zeros(plan, x.shape, dtype, everywhere) for x in (hidden, head)]
+    return jax.lax.scan(step, tuple(zeros), jnp.arange(chunks))[0]
+
+
+def _take(arrays: tuple[Array, Operands], start: Array, length: int) -> tuple[Array, Operands]:
+    """Slices positions out of everything that has them."""
+    slice_ = functools.partial(
+        jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length, axis=1
+    )
+    hidden, operands = arrays
+    targets = operands.targets
+    if isinstance(targets, HiddenTargets):
+        targets = targets.replace(hidden=slice_(targets.hidden))
+    labels, mask = jax.tree.map(slice_, (operands.labels, operands.mask))
+    return slice_(hidden), operands._replace(
+        targets=jax.tree.map(slice_, targets) if isinstance(targets, DenseTargets) else targets,
+        labels=labels,
+        mask=mask,
+    )
+
+
+def _zeros(plan: Plan, shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> Array:
+    """Zeros to add to, marked as differing between devices along `axes` inside `shard_map`."""
+    zeros = jnp.zeros(shape, dtype)
+    return zeros if plan.mesh is None else jax.lax.pcast(zeros, axes, to='varying')
+
+
+def _product(hidden: Array, head: Array, dtype: Any) -> Array:
+    return jnp.einsum('btd,dv->btv', hidden, head, preferred_element_type=dtype)
+
+
+def _chunk(plan: Plan, student: Float[Array, 'B t V'], chunk: Operands) -> tuple[Array, Array]:
+    """Returns each term's sum over a chunk's tokens, and the weighted sum's gradient in the logits.
+
+    With `s = z / T`, the gradient in the logits `z` of `sum_i w_i D_i(s)` is, for terms of one
+    temperature, `(h - p sum h) / T` with `h = sum_i w_i h_i`: one softmax and one correction a
+    group.
+    """
+    axis = None if plan.mesh is None else VOCAB
+    teacher = _teacher_logits(chunk, student.dtype)
+    sums = [jnp.zeros((), student.dtype)] * len(chunk.weights)
+    gradient = jnp.zeros((), student.dtype)
+    for temperature, group in zip(chunk.temperatures, plan.groups, strict=True):
+        log_p = log_softmax(student / temperature, axis)
+        h = jnp.zeros((), student.dtype)
+        for index, divergence in group:
+            if divergence.name == 'cross_entropy':
+                value, slope = label_integrand(
+                    log_p, _is_label(chunk.labels, log_p.shape[-1], axis)
+                )
+            else:
+                log_q = log_softmax(teacher / temperature, axis)
+                value, slope = divergence.integrand(log_p, log_q)
+            tokens = vocabulary_sum(value, axis)[..., 0]
+            sums[index] = jnp.sum(jnp.where(chunk.mask, tokens, 0))
+            h = h + chunk.weights[index] * slope
+        gradient = gradient + logits_gradient(log_p, h, axis) / temperature
+    return jnp.stack(sums), jnp.where(chunk.mask[..., None], gradient, 0)
+
+
+def _teacher_logits(chunk: Operands, dtype: Any) -> Array | None:
+    if isinstance(chunk.targets, HiddenTargets):
+        hidden = jnp.where(chunk.mask[..., None], chunk.targets.hidden, 0)
+        return _product(hidden, chunk.targets.head, dtype)
+    if isinstance(chunk.targets, DenseTargets):
+        return jnp.where(chunk.mask[..., None], chunk.targets.logits.astype(dtype), 0)
+    return None
+
+
+def _is_label(labels: Array, width: int, axis: str | None) -> Bool[Array, 'B t V']:
+    """Marks the labels among the `width` entries of the vocabulary that are here."""
+    first = 0 if axis is None else jax.lax.axis_index(axis) * width
+    return first + jnp.arange(width) == labels[..., None]
