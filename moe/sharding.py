@@ -6,7 +6,7 @@ mesh axis. Here either raises, and the message names the parameter.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -226,11 +226,11 @@ def batch_sharding(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> NamedShar
 
 
 def _boxed_variables(model: nn.Module) -> Any:
-    """Traces `init` without a device; parameters do not depend on the mesh or the tokens."""
     return jax.eval_shape(_initializer(model), jax.random.key(0))
 
 
-def _initializer(model: nn.Module) -> Any:
+def _initializer(model: nn.Module) -> Callable[[jax.Array], Any]:
+    """Returns `key -> variables`; they depend neither on the mesh nor on the tokens."""
     plain = model.clone(mesh=None) if hasattr(model, 'mesh') else model
     return lambda key: plain.init(key, jnp.zeros((1, 1), jnp.int32))
 
@@ -242,6 +242,10 @@ def abstract_variables(model: nn.Module) -> Any:
 
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.Partitioned)
+
+
+def _axes_by_leaf(boxed: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(_named_axes, boxed, is_leaf=_is_box)
 
 
 def _named_axes(path: Any, leaf: Any) -> LogicalAxes:
@@ -267,7 +271,7 @@ def logical_axes(model: nn.Module) -> Any:
     Raises:
         InputError: for a parameter that carries no names.
     """
-    return jax.tree_util.tree_map_with_path(_named_axes, _boxed_variables(model), is_leaf=_is_box)
+    return _axes_by_leaf(_boxed_variables(model))
 
 
 def variable_shardings(model: nn.Module, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> Any:
@@ -286,9 +290,8 @@ def variable_shardings(model: nn.Module, mesh: Mesh, rules: LogicalRules = DEFAU
     def sharding(path: Any, leaf: Any, axes: LogicalAxes) -> NamedSharding:
         return sharding_for(leaf.shape, axes, mesh, rules, where=f'Parameter {_name(path)}')
 
-    return jax.tree_util.tree_map_with_path(
-        sharding, abstract_variables(model), logical_axes(model)
-    )
+    boxed = _boxed_variables(model)
+    return jax.tree_util.tree_map_with_path(sharding, nn.unbox(boxed), _axes_by_leaf(boxed))
 
 
 def init_sharded(

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import moe, distill
 import jax
-from distill.cost import measure_prefill
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.transformer import Transformer
 
@@ -26,11 +25,12 @@ config = TransformerConfig(
     mlp_dim=4,
     attention=AttentionConfig(1, 1, 4),
     moe=experts,
+    scan_layers=False,
 )
 tokens = jax.numpy.zeros((1, 3), int)
 model = Transformer(config)
-variables = model.init(jax.random.key(0), tokens)
-assert model.apply(variables, tokens).logits.shape == (1, 3, 8)
+forward = jax.jit(lambda key: model.apply(model.init(key, tokens), tokens).logits)
+assert forward(jax.random.key(0)).shape == (1, 3, 8)
 print(moe.__file__, distill.__file__)
 """
 
