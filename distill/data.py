@@ -20,6 +20,8 @@ from moe.errors import InputError
 
 Packing = Literal['concat_split', 'first_fit']
 Fingerprint = dict[str, str | int]
+# Endless in effect. Grain's own endless repeat overflows where a batch is one row.
+EPOCHS = 2**20
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
@@ -124,7 +126,7 @@ class TrainPipeline:
             grain.MapDataset.range(self.rows_per_epoch)
             .seed(config.seed)
             .shuffle()
-            .repeat()
+            .repeat(EPOCHS)
             .map_with_index(self._row)
             .batch(config.batch_size // process_count)[process_index::process_count]
             .map(lambda fields: Batch(**fields))

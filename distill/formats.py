@@ -99,11 +99,16 @@ def _array_record(path: str, field: str) -> Texts:
 
     try:
         reader = ArrayRecordReader(path)
-        records = reader.read_all() if reader.num_records() else []
+        # A file that was cut off opens with no records and this flag alone.
+        problem = '' if reader.ok() else 'its end is missing'
+        records = reader.read_all() if reader.ok() else []
     except (RuntimeError, ValueError, IndexError) as error:
+        problem, records = str(error), []
+    if problem:
         raise InputError(
-            f'{path}: not a readable ArrayRecord file; {error}. Its writer may have been cut off.'
-        ) from error
+            f'{path}: not a readable ArrayRecord file; {problem}. Its writer may have been killed; '
+            'write or fetch it again.'
+        )
     for number, record in enumerate(records):
         where = f'{path}, record {number}'
         try:
