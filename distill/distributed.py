@@ -37,13 +37,12 @@ def initialize(
         return
     if coordinator_address is None and not _in_cluster():
         return
-    given = {} if coordinator_address is None else {'cluster_detection_method': 'deactivate'}
     jax.distributed.initialize(
         coordinator_address,
         num_processes,
         process_id,
+        cluster_detection_method=None if coordinator_address is None else 'deactivate',
         initialization_timeout=timeout_seconds,
-        **given,
     )
 
 
@@ -124,4 +123,4 @@ def _local_shards(sharding: NamedSharding, ndim: int) -> int:
     """Counts the different pieces of the rows that the devices of this process hold."""
     rows = sharding.mesh.size
     indices = sharding.addressable_devices_indices_map((rows,) + (1,) * (ndim - 1))
-    return len({(index[0].start, index[0].stop) for index in indices.values()})
+    return len({(index[0].start, index[0].stop) for index in indices.values() if index})

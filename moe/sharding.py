@@ -299,7 +299,7 @@ def init_sharded(
 ) -> Any:
     """Initializes the model's variables, unboxed, each born on the devices that hold it.
 
-    The values equal those of one device: `jax_threefry_partitionable` is jax's default.
+    The random draws are those of one device, so the values agree to the last rounding.
 
     Raises:
         InputError: as `variable_shardings`.
