@@ -1,4 +1,4 @@
-"""The loop over chunks of tokens behind `fused.py`: values and gradients of one device and of a mesh.
+"""The loop over chunks of tokens behind `fused.py`, on one device and on a mesh.
 
 Nothing of [tokens, vocab] outlives a chunk. Over a mesh the loop runs inside `shard_map`: tokens
 stay where they are, the head is gathered over `fsdp` once and stays split on `tensor`, where maxima
@@ -128,7 +128,7 @@ def _take(arrays: tuple[Array, Operands], start: Array, length: int) -> tuple[Ar
     hidden, operands = arrays
     targets = operands.targets
     if isinstance(targets, HiddenTargets):
-        targets = targets.replace(hidden=slice_(targets.hidden))
+        targets = dataclasses.replace(targets, hidden=slice_(targets.hidden))
     labels, mask = jax.tree.map(slice_, (operands.labels, operands.mask))
     return slice_(hidden), operands._replace(
         targets=jax.tree.map(slice_, targets) if isinstance(targets, DenseTargets) else targets,
@@ -185,7 +185,8 @@ def _teacher_logits(chunk: Operands, dtype: Any) -> Array | None:
     return None
 
 
-def _is_label(labels: Array, width: int, axis: str | None) -> Bool[Array, 'B t V']:
+def _is_label(labels: Array | None, width: int, axis: str | None) -> Bool[Array, 'B t V']:
     """Marks the labels among the `width` entries of the vocabulary that are here."""
+    assert labels is not None
     first = 0 if axis is None else jax.lax.axis_index(axis) * width
     return first + jnp.arange(width) == labels[..., None]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from distill.chunks import TOKENS, VOCAB, Group, Operands, Plan, over_mesh
 from distill.divergences import Targets
 from distill.integrands import Divergence
-from distill.objective import Term, metric_names
+from distill.objective import Number, Term, metric_names
 from distill.schedules import Schedule
 from distill.types import HiddenTargets
 from moe.errors import InputError
@@ -82,36 +82,44 @@ def fused_distillation_loss(
         mask = jnp.ones(hidden.shape[:2], bool)
     dtype = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)
     groups, temperatures = _by_temperature(terms)
-    squares = [t.temperature**2 if t.scale_by_temperature_squared else 1.0 for t in terms]
-    weights = [term.weight * square for term, square in zip(terms, squares, strict=True)]
-    operands = Operands(targets, labels, mask, _stack(temperatures, dtype), _stack(weights, dtype))
+    squares = _stack(
+        [_resolved(t.temperature) ** 2 if t.scale_by_temperature_squared else 1.0 for t in terms],
+        dtype,
+    )
+    weights = _stack([_resolved(term.weight) for term in terms], dtype) * squares
+    operands = Operands(targets, labels, mask, _stack(temperatures, dtype), weights)
     total, sums = _weighted_sum(Plan(groups, chunk_size, mesh), hidden, head, operands)
     count = jnp.sum(mask, dtype=jnp.float32)
-    sums = jax.lax.stop_gradient(sums * _stack(squares, dtype))
+    sums = jax.lax.stop_gradient(sums * squares)
     metrics = {name: (sums[i], count) for i, name in enumerate(metric_names(terms))}
     return total / (jnp.maximum(count, 1) if normalizer is None else normalizer), metrics
 
 
-def _stack(numbers: list, dtype: Any) -> Array:
+def _resolved(number: Number) -> Any:
+    resolved = not isinstance(number, Schedule)
+    _require(resolved, 'terms at a step (Objective.at resolves schedules)', number)
+    return number
+
+
+def _stack(numbers: list[Any], dtype: Any) -> Array:
     return jnp.stack([jnp.asarray(number, dtype) for number in numbers])
 
 
-def _by_temperature(terms: tuple[Term, ...]) -> tuple[tuple[Group, ...], list]:
+def _by_temperature(terms: tuple[Term, ...]) -> tuple[tuple[Group, ...], list[Any]]:
+    """Groups the terms, by index, under temperatures that are known to be equal."""
     groups: list[list[tuple[int, Divergence]]] = []
-    temperatures: list = []
+    temperatures: list[Any] = []
     for index, term in enumerate(terms):
-        for group, temperature in zip(groups, temperatures, strict=True):
-            if _same(temperature, term.temperature):
-                group.append((index, term.divergence))
-                break
-        else:
-            groups.append([(index, term.divergence)])
-            temperatures.append(term.temperature)
-    return tuple(map(tuple, groups)), temperatures
+        of = _resolved(term.temperature)
+        known = [i for i, temperature in enumerate(temperatures) if _same(temperature, of)]
+        if not known:
+            groups.append([])
+            temperatures.append(of)
+        groups[known[0] if known else -1].append((index, term.divergence))
+    return tuple(tuple(group) for group in groups), temperatures
 
 
 def _same(a: object, b: object) -> bool:
-    """Whether two temperatures are known to be equal when traced."""
     plain = isinstance(a, (int, float)) and isinstance(b, (int, float))
     return a is b or (plain and a == b)
 
@@ -171,8 +179,6 @@ def _check(
             _require(targets is not None, f'targets for {term.name}', None)
         else:
             _require(labels is not None, f'labels for {term.name}', None)
-        unresolved = isinstance(term.weight, Schedule) or isinstance(term.temperature, Schedule)
-        _require(not unresolved, 'terms at a step (Objective.at resolves schedules)', term)
     if targets is not None:
         if isinstance(targets, HiddenTargets):
             received = (*targets.hidden.shape[:2], targets.head.shape[-1])

@@ -139,9 +139,9 @@ class Divergence:
                 raise InputError(
                     f'{self.name} takes no {parameter}; received {value!r}: leave it out.'
                 )
-        if takes_beta and not (_is_number(self.beta) and 0 <= self.beta <= 1):
+        if takes_beta and not (isinstance(self.beta, (int, float)) and 0 <= self.beta <= 1):
             raise InputError(f'The beta of {self.name} must be in [0, 1]; received {self.beta!r}.')
-        if takes_lam and not (_is_number(self.lam) and 0 <= self.lam < 1):
+        if takes_lam and not (isinstance(self.lam, (int, float)) and 0 <= self.lam < 1):
             raise InputError(f'The lam of {self.name} must be in [0, 1); received {self.lam!r}.')
 
     def integrand(
@@ -160,10 +160,6 @@ class Divergence:
         parameter = self.beta if self.name == 'jsd' else self.lam
         extra = () if parameter is None else (parameter,)
         return _INTEGRANDS[self.name](log_p, log_q, *extra)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def label_integrand(log_p: Float[Array, '... V'], is_label: Array) -> Integrand:

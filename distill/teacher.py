@@ -32,7 +32,7 @@ class OnlineTeacher:
         Returns:
             The last hidden states and the head, through which no gradient flows.
         """
-        output = self.model.apply(
+        output: Any = self.model.apply(
             variables,
             batch.tokens,
             positions=batch.positions,
