@@ -9,9 +9,8 @@ import numpy as np
 from absl import logging
 
 from distill.config import TrainConfig
+from distill.step import StepMetrics
 from distill.types import Batch, TrainState
-
-Metrics = dict[str, Any]
 
 
 class Batches(Protocol):
@@ -46,7 +45,7 @@ class Hooks:
     """
 
     save: Callable[[TrainState, dict[str, Any], bool], None]
-    observe: Callable[[int, Metrics], None]
+    observe: Callable[[int, StepMetrics], None]
     stop_requested: Callable[[int], bool]
     last_saved: Callable[[], int | None]
 
@@ -54,7 +53,7 @@ class Hooks:
 def train(
     state: TrainState,
     *,
-    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
     batches: Batches,
     place: Callable[[Batch], Any],
     config: TrainConfig,
@@ -67,7 +66,7 @@ def train(
 
     Args:
         state: where to start; its `step` says how many updates are behind it.
-        step: the compiled update, `(state, batch) -> (state, metrics)`; metrics hold `skipped`.
+        step: the compiled update, `(state, batch) -> (state, metrics)`.
         batches: the stream, already at the position that belongs to `state`.
         place: puts a host batch onto the devices.
         config: steps and intervals.
@@ -81,7 +80,7 @@ def train(
             position in the data and the newest durable checkpoint.
         Stopped: after saving, where a stop was requested.
     """
-    pending: tuple[int, Metrics, dict[str, Any]] | None = None
+    pending: tuple[int, StepMetrics, dict[str, Any]] | None = None
     for number in range(int(state.step) + 1, config.steps + 1):
         position = batches.get_state()
         state, metrics = step(state, place(next(batches)))
@@ -101,11 +100,11 @@ def train(
 
 
 def _settle(
-    number: int, metrics: Metrics, position: dict[str, Any], config: TrainConfig, hooks: Hooks
+    number: int, metrics: StepMetrics, position: dict[str, Any], config: TrainConfig, hooks: Hooks
 ) -> None:
     """Waits for one step's metrics, applies the policy on skipped updates, and passes them on."""
     metrics = jax.tree.map(np.asarray, metrics)
-    skipped = int(metrics['skipped'])
+    skipped = int(metrics.skipped)
     if skipped:
         logging.warning(
             'Step %d: loss or gradient not finite; update skipped (%d in a row).', number, skipped

@@ -4,19 +4,19 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective
 from distill.teacher import OnlineTeacher
 from distill.types import Batch, TrainState
-from moe import balance
+from moe.balance import load_balance_loss, router_z_loss
 from moe.transformer import Transformer, output_head, update_selection_bias
-
-Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,62 +51,95 @@ def initial_state(recipe: Recipe, variables: dict[str, Any]) -> TrainState:
     )
 
 
-def make_train_step(
-    recipe: Recipe,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """Returns the pure update `(state, teacher_variables, batch) -> (state, metrics)`.
+@flax.struct.dataclass
+class StepMetrics:
+    """What one update measured, over the whole batch.
 
-    With `M` unmasked tokens in the whole batch, the loss is
-
-        sum over micro-batches of (sum over unmasked tokens of the terms) / M
-          + load_balance_weight * mean over MoE layers of the load-balance loss
-          + router_z_weight * mean over MoE layers of the z-loss,
-
-    each of which is a sum over sequences, so neither the loss nor its gradient depends on how the
-    batch is split. Where the loss or the gradients' norm is not finite, parameters, optimizer state
-    and biases stay as they are and `skipped` counts up. The teacher gets no gradient.
-
-    Metrics are float32 scalars, losses in nats per unmasked token, and `load [L_moe, E]`, the
-    assignments of the whole batch.
+    Attributes:
+        pairs: (sum, weight) by name; losses in nats per unmasked token.
+        skipped: updates skipped in a row, this one included; int32.
+        load: assignments to each expert of each MoE layer; None without experts.
+        dropped: assignments among them that found no slot; None without experts.
     """
 
-    def train_step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, metrics = _gradients(recipe, state, teacher, batch)
+    pairs: dict[str, tuple[Float[Array, ''], Float[Array, '']]]
+    skipped: Int[Array, '']
+    load: Float[Array, 'layers E'] | None
+    dropped: Float[Array, 'layers'] | None
+
+
+def make_train_step(
+    recipe: Recipe,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]:
+    """Returns the pure update `(state, teacher_variables, batch) -> (state, metrics)`.
+
+    With `M` unmasked tokens and `R` tokens that are not padding in the whole batch, the loss is
+
+        sum over micro-batches of
+            (sum over unmasked tokens of the terms) / M
+          + load_balance_weight * (sum over sequences and MoE layers of the load-balance loss) / R L
+          + router_z_weight * (sum over tokens and MoE layers of the z-loss) / R L,
+
+    a sum over sequences, so neither it nor its gradient depends on how the batch is split. Where the
+    loss or the gradients' norm is not finite, parameters, optimizer state and biases stay as they
+    are and `skipped` counts up. The teacher gets no gradient.
+    """
+
+    def train_step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        gradients, totals = _gradients(recipe, state, teacher, batch)
         norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
-        updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
-        updated = state.replace(
-            params=optax.apply_updates(state.params, updates),
-            routing=update_selection_bias(
-                recipe.model.config,
-                state.routing,
-                metrics.get('load'),
-                rate=recipe.balance.selection_bias_rate,
-            ),
-            opt_state=opt_state,
-            skipped=jnp.zeros((), jnp.int32),
-        )
-        kept = state.replace(skipped=state.skipped + 1)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
-        state = state.replace(step=state.step + 1)
-        return state, metrics | {'gradient_norm': norm, 'skipped': state.skipped}
+        finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
+        state = _update(recipe, state, gradients, totals.load, finite)
+        one = jnp.ones(())
+        pairs = totals.pairs | {'loss': (totals.loss, one), 'gradient_norm': (norm, one)}
+        return state, StepMetrics(pairs, state.skipped, totals.load, totals.dropped)
 
     return train_step
 
 
+def _update(
+    recipe: Recipe, state: TrainState, gradients: Any, load: Array | None, finite: Array
+) -> TrainState:
+    """Applies the gradients and moves the selection biases, or skips both where not finite."""
+    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    rate = recipe.balance.selection_bias_rate
+    routing = state.routing
+    if rate > 0 and load is not None:
+        routing = update_selection_bias(recipe.model.config, routing, load, rate=rate)
+    updated = state.replace(
+        params=optax.apply_updates(state.params, updates),
+        routing=routing,
+        opt_state=opt_state,
+        skipped=jnp.zeros((), jnp.int32),
+    )
+    kept = state.replace(skipped=state.skipped + 1)
+    chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
+    return chosen.replace(step=state.step + 1)
+
+
+@flax.struct.dataclass
+class _Totals:
+    """Sums over the tokens of one micro-batch, or of a whole batch."""
+
+    loss: Float[Array, '']
+    pairs: dict[str, tuple[Float[Array, ''], Float[Array, '']]]
+    load: Float[Array, 'layers E'] | None
+    dropped: Float[Array, 'layers'] | None
+
+
 def _gradients(
     recipe: Recipe, state: TrainState, teacher: Any, batch: Batch
-) -> tuple[Any, Metrics]:
-    """Returns the gradients and metrics of the whole batch, one micro-batch at a time."""
-    weights = _Weights(
-        tokens=jnp.sum(batch.mask, dtype=jnp.float32),
-        routed=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
-    )
+) -> tuple[Any, _Totals]:
+    """Returns the gradients and sums of the whole batch, one micro-batch at a time."""
+    tokens = jnp.sum(batch.mask, dtype=jnp.float32)
+    routed = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
+    # A batch of padding alone has nothing to average over, and a loss of zero.
+    counts = jnp.maximum(tokens, 1), jnp.maximum(routed, 1)
 
-    def part(params: Any, micro_batch: Batch) -> tuple[jax.Array, Metrics]:
-        return _loss(recipe, params, state, teacher, micro_batch, weights)
+    def share(params: Any, micro_batch: Batch) -> tuple[Array, _Totals]:
+        return _loss(recipe, params, state, teacher, micro_batch, *counts)
 
-    gradient = jax.grad(part, has_aux=True)
+    gradient = jax.grad(share, has_aux=True)
     if recipe.train.micro_batches == 1:
         return gradient(state.params, batch)
     parts = _split(batch, recipe.train.micro_batches)
@@ -115,18 +148,9 @@ def _gradients(
         return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch)), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, state.params, first)
-    )
+    shapes = jax.eval_shape(gradient, state.params, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weights:
-    """Counts over the whole batch that sums over micro-batches are divided by."""
-
-    tokens: jax.Array
-    routed: jax.Array
 
 
 def _loss(
@@ -135,9 +159,10 @@ def _loss(
     state: TrainState,
     teacher: Any,
     batch: Batch,
-    weights: _Weights,
-) -> tuple[jax.Array, Metrics]:
-    """Returns one micro-batch's share of the loss and of every metric."""
+    tokens: Array,
+    routed: Array,
+) -> tuple[Array, _Totals]:
+    """Returns one micro-batch's share of the loss, divided by the whole batch's counts."""
     model = recipe.model
     output = model.apply(
         {'params': params, 'routing': state.routing},
@@ -146,45 +171,45 @@ def _loss(
         segment_ids=batch.segment_ids,
         logits=False,
     )
-    loss, metrics = fused_distillation_loss(
+    loss, pairs = fused_distillation_loss(
         output.hidden,
         output_head(model.config, params),
         None if recipe.teacher is None else recipe.teacher.targets(teacher, batch),
         recipe.objective.at(state.step),
         labels=batch.labels,
         mask=batch.mask,
+        normalizer=tokens,
         chunk_size=recipe.train.chunk_size,
-        normalizer=weights.tokens,
         mesh=model.mesh,
     )
-    if output.router:
-        routed = batch.segment_ids > 0
-        layers = len(output.router)
-        sums = [
-            (
-                balance.load_balance_loss(router, routed)[0],
-                balance.router_z_loss(router, routed)[0],
-            )
-            for router in output.router
-        ]
-        load_balance, router_z = (
-            sum(layer) / (layers * weights.routed) for layer in zip(*sums, strict=True)
-        )
-        loss += recipe.balance.load_balance_weight * load_balance
-        loss += recipe.balance.router_z_weight * router_z
-        metrics |= {
-            'load_balance_loss': load_balance,
-            'router_z_loss': router_z,
-            'load': jnp.stack([router.load for router in output.router]),
-            'dropped': jnp.stack([router.dropped for router in output.router]),
-        }
-    return loss, metrics | {'loss': loss}
+    if not output.router:
+        return loss, _Totals(loss, pairs, None, None)
+    mask = batch.segment_ids > 0
+    score = model.config.moe.router.score
+    balanced = _sum_pairs(
+        [load_balance_loss(router, mask, score=score) for router in output.router]
+    )
+    squared = _sum_pairs([router_z_loss(router, mask) for router in output.router])
+    layers = len(output.router)
+    loss += recipe.balance.load_balance_weight * balanced[0] / (routed * layers)
+    loss += recipe.balance.router_z_weight * squared[0] / (routed * layers)
+    return loss, _Totals(
+        loss=loss,
+        pairs=pairs | {'load_balance_loss': balanced, 'router_z_loss': squared},
+        load=jnp.stack([router.load for router in output.router]),
+        dropped=jnp.stack([router.dropped for router in output.router]),
+    )
+
+
+def _sum_pairs(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    sums, weights = zip(*pairs, strict=True)
+    return sum(sums), sum(weights)
 
 
 def _split(batch: Batch, parts: int) -> Batch:
     """Splits rows into equal parts, each of every `parts`-th row, so that row shards stay local."""
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
     return jax.tree.map(split, batch)

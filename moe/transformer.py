@@ -295,14 +295,14 @@ def output_head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
 
 
 def update_selection_bias(
-    config: TransformerConfig, routing: Any, router: tuple[RouterOutput, ...], *, rate: float
+    config: TransformerConfig, routing: Any, load: Float[Array, 'layers E'], *, rate: float
 ) -> Any:
     """Moves every MoE layer's selection bias towards balance by its load; see `updated_bias`.
 
     Args:
         config: the model's.
         routing: the unboxed `routing` collection; an empty one is returned as it is.
-        router: one for each MoE layer, with loads of the whole step: summed over micro-batches.
+        load: of each MoE layer over the whole step: summed over micro-batches.
         rate: the step of the bias, in units of the router's score.
 
     Returns:
@@ -314,12 +314,12 @@ def update_selection_bias(
         for (path, _), has_experts in zip(layer_paths(config), config.moe_layers, strict=True)
         if has_experts
     ]
-    for path, output in zip(moe_paths, router, strict=True):
-        loads.setdefault(path, []).append(output.load)
+    for path, layer in zip(moe_paths, load, strict=True):
+        loads.setdefault(path, []).append(layer)
 
     def update(path: Any, bias: Array) -> Array:
         names = tuple(key.key for key in path)
-        load = jnp.stack(loads[names[:2] if config.scan_layers else names[:1]])
-        return updated_bias(bias, load.reshape(bias.shape), rate=rate)
+        stacked = jnp.stack(loads[names[:2] if config.scan_layers else names[:1]])
+        return updated_bias(bias, stacked.reshape(bias.shape), rate=rate)
 
     return jax.tree_util.tree_map_with_path(update, routing)
