@@ -181,7 +181,13 @@ def weighted_hidden(
 
 
 def _dense(
-    x: Array, ids: Array, weights: Array, mask: Array, gate_up: Array, down: Array, activation: str
+    x: Array,
+    ids: Array,
+    weights: Array,
+    mask: Array,
+    gate_up: Array,
+    down: Array,
+    activation: Activation,
 ) -> Array:
     chosen = ids[..., None] == jnp.arange(gate_up.shape[0])
     per_expert = jnp.where(chosen, weights[..., None], 0.0).sum(axis=2)

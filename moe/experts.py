@@ -1,5 +1,7 @@
 """The mixture-of-experts layer: router, routed experts and an optional shared one."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ from moe.expert_parallel import expert_parallel_dispatch
 from moe.layers import GatedMLP, kernel_init
 from moe.routing import expert_load, route
 from moe.types import RouterOutput
+
+# Typed as Any: `param` hands the value back without the box that this puts it in.
+_partitioned: Any = nn.with_logical_partitioning
 
 
 class Router(nn.Module):
@@ -32,7 +37,7 @@ class Router(nn.Module):
         experts = self.config.num_experts
         kernel = self.param(
             'kernel',
-            nn.with_logical_partitioning(kernel_init(0, 1), ('embed', None)),
+            _partitioned(kernel_init(0, 1), ('embed', None)),
             (x.shape[-1], experts),
             self.param_dtype,
         )
@@ -53,8 +58,8 @@ class Router(nn.Module):
 class MoELayer(nn.Module):
     """Replaces a gated MLP by `E` routed experts of which each token passes `K`.
 
-    Parameters: `router/kernel` [D, E]; `gate_up` [E, D, 2, F] (gate first) and `down` [E, F, D]; those
-    of the shared expert under `shared`. Where the router has a selection bias, the collection
+    Parameters: `router/kernel` [D, E]; `gate_up` [E, D, 2, F] (gate first) and `down` [E, F, D];
+    those of the shared expert under `shared`. Where the router has a selection bias, the collection
     `routing` holds it as `router/selection_bias` [E], float32.
 
     Attributes:
@@ -114,15 +119,13 @@ class MoELayer(nn.Module):
         experts, hidden = self.config.router.num_experts, self.config.expert_dim
         gate_up = self.param(
             'gate_up',
-            nn.with_logical_partitioning(
-                kernel_init(1, (2, 3), (0,)), ('experts', 'embed', None, 'mlp')
-            ),
+            _partitioned(kernel_init(1, (2, 3), (0,)), ('experts', 'embed', None, 'mlp')),
             (experts, dim, 2, hidden),
             self.param_dtype,
         )
         down = self.param(
             'down',
-            nn.with_logical_partitioning(kernel_init(1, 2, (0,)), ('experts', 'mlp', 'embed')),
+            _partitioned(kernel_init(1, 2, (0,)), ('experts', 'mlp', 'embed')),
             (experts, hidden, dim),
             self.param_dtype,
         )

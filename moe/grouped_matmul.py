@@ -148,7 +148,7 @@ def over_tiles(
 
             return jax.lax.while_loop(lambda state: end - state[0] >= fewest, body, state)
 
-        state = while_rows((end - group_sizes[group], carry), sizes[-1], sizes[-1])
+        state = (end - group_sizes[group], carry)
         # A loop of at most one turn updates the carry in place, where a conditional would copy it.
         for smaller, size in reversed(list(zip([0, *sizes], sizes, strict=False))):
             state = while_rows(state, size, smaller + 1)

@@ -1,0 +1,142 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from moe.config import MoEConfig, RouterConfig
+from moe.dispatch import dispatch
+from moe.errors import InputError
+from moe.expert_parallel import expert_parallel_dispatch, peer_plan
+from moe.experts import MoELayer
+
+AXES = ('data', 'fsdp', 'expert', 'tensor')
+B, T, D, E, F, K = 8, 3, 8, 8, 8, 3
+MESHES = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 8, 1),
+    (1, 1, 1, 8),
+    (2, 2, 2, 1),
+    (1, 1, 4, 2),
+    (1, 2, 2, 2),
+]
+
+
+def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+@functools.cache
+def operands():
+    rng = np.random.default_rng(0)
+    x, weights, gate_up, down, cotangent = (
+        jnp.array(rng.normal(size=shape), jnp.float32)
+        for shape in ((B, T, D), (B, T, K), (E, D, 2, F), (E, F, D), (B, T, D))
+    )
+    mask = rng.uniform(size=(B, T)) > 0.2
+    return x, weights, gate_up, down, cotangent, mask
+
+
+def choices(kind: str) -> np.ndarray:
+    """All to one shard's experts is the worst case of the exchange; the other is uneven."""
+    rng = np.random.default_rng(1)
+    favour = {'uneven': 0.7, 'one shard takes all': 1e3}[kind]
+    return np.argsort(rng.normal(size=(B, T, E)) + favour * np.arange(E), axis=-1)[..., :K]
+
+
+def compile_for(run):
+    @jax.jit
+    def output_and_gradients(x, weights, gate_up, down, cotangent, mask, ids):
+        def forward(x, weights, gate_up, down):
+            return run(x, ids, weights, mask, gate_up, down)
+
+        y, vjp, dropped = jax.vjp(forward, x, weights, gate_up, down, has_aux=True)
+        return y, dropped, vjp(cotangent)
+
+    return output_and_gradients
+
+
+@functools.cache
+def expected(kind: str, method: str, factor: float):
+    run = functools.partial(dispatch, method=method, activation='gelu', capacity_factor=factor)
+    return compile_for(run)(*operands(), choices(kind))
+
+
+def assert_same_on_every_device(actual, expected):
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        scale = max(1.0, np.abs(want).max())
+        np.testing.assert_allclose(got / scale, want / scale, atol=2e-6)
+        for shard in got.addressable_shards:
+            part = np.asarray(want)[shard.index]
+            np.testing.assert_allclose(shard.data / scale, part / scale, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ('method', 'factor', 'oracle'), [('grouped', 1.0, 'dense'), ('capacity', 1.0, 'capacity')]
+)
+@pytest.mark.parametrize('shape', MESHES, ids=str)
+def test_every_mesh_equals_one_device(shape, method, factor, oracle):
+    run = functools.partial(
+        expert_parallel_dispatch,
+        mesh=mesh_of(shape),
+        method=method,
+        activation='gelu',
+        capacity_factor=factor,
+    )
+    compiled = compile_for(run)
+    for kind in ('uneven', 'one shard takes all'):
+        wanted = expected(kind, oracle, factor)
+        assert_same_on_every_device(compiled(*operands(), choices(kind)), wanted)
+        assert (wanted[1] > 0) == (method == 'capacity')
+
+
+def test_layer_load_and_drops_are_sums_over_the_whole_batch():
+    config = MoEConfig(RouterConfig(E, K), expert_dim=F, dispatch='capacity', capacity_factor=0.5)
+    x, *_, mask = operands()
+    one, many = (MoELayer(config, 'silu', mesh=m) for m in (None, mesh_of((1, 2, 2, 2))))
+    variables = jax.jit(one.init)(jax.random.key(0), x, mask)
+    y, router = jax.jit(one.apply)(variables, x, mask)
+    sharded_y, sharded = jax.jit(many.apply)(variables, x, mask)
+    assert_same_on_every_device(sharded_y, y)
+    assert_same_on_every_device((sharded.load, sharded.dropped), (router.load, router.dropped))
+    assert router.load.sum() == mask.sum() * K
+    assert router.dropped > 0
+
+
+def test_peer_plan_by_hand():
+    # Two shards of two experts; three tokens of two choices, the last token masked (expert 4).
+    groups = jnp.array([[3, 0], [2, 3], [4, 4]])
+    plan, sizes = peer_plan(groups, 4, 2)
+    np.testing.assert_array_equal(sizes, [[1, 0], [1, 2]])
+    # Six rows a shard: 3 tokens * min(K, E / shards).
+    np.testing.assert_array_equal(plan.source, [1, 6, 6, 6, 6, 6, 2, 0, 3, 6, 6, 6])
+    np.testing.assert_array_equal(plan.row, [[7, 0], [6, 8], [12, 12]])
+
+
+@pytest.mark.parametrize(
+    ('shape', 'changed', 'message'),
+    [
+        ((1, 1, 8, 1), {'experts': 6}, 'number of experts must be a multiple of 8.*received 6'),
+        ((4, 2, 1, 1), {'batch': 6}, 'batch must be a multiple of 8.*received 6'),
+        ((1, 8, 1, 1), {'embed': 12}, 'model width must be a multiple of 8.*received 12'),
+        ((1, 1, 1, 8), {'mlp': 4}, 'expert width must be a multiple of 8.*received 4'),
+    ],
+)
+def test_what_a_mesh_does_not_divide_is_refused(shape, changed, message):
+    sizes = {'experts': 8, 'batch': 8, 'embed': 8, 'mlp': 8} | changed
+    batch, dim, hidden = sizes['batch'], sizes['embed'], sizes['mlp']
+    with pytest.raises(InputError, match=message):
+        expert_parallel_dispatch(
+            jnp.zeros((batch, 2, dim)),
+            jnp.zeros((batch, 2, 1), int),
+            jnp.ones((batch, 2, 1)),
+            jnp.ones((batch, 2), bool),
+            jnp.zeros((sizes['experts'], dim, 2, hidden)),
+            jnp.zeros((sizes['experts'], hidden, dim)),
+            mesh=mesh_of(shape),
+            method='grouped',
+            activation='silu',
+        )
