@@ -87,7 +87,7 @@ def make_train_step(
 
     def train_step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         gradients, totals = _gradients(recipe, state, teacher, batch)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
         state = _update(recipe, state, gradients, totals.load, finite)
         one = jnp.ones(())

@@ -1,0 +1,210 @@
+"""The update is the same on every mesh, for every split into micro-batches and chunks."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distill.config import BalanceConfig, TrainConfig
+from distill.objective import Objective, Term
+from distill.step import Recipe, initial_state, make_train_step
+from distill.teacher import OnlineTeacher
+from distill.types import Batch
+from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
+from moe.sharding import MeshConfig, batch_sharding, make_mesh, variable_shardings
+from moe.transformer import Transformer
+
+B, T, V = 8, 12, 46
+
+STUDENT = TransformerConfig(
+    vocab_size=V,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=24,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm='head'),
+    moe=MoEConfig(
+        router=RouterConfig(num_experts=8, experts_per_token=2, selection_bias=True),
+        expert_dim=8,
+        shared_dim=8,
+        first_dense_layers=1,
+    ),
+)
+TEACHER = TransformerConfig(
+    vocab_size=V,
+    num_layers=1,
+    embed_dim=24,
+    mlp_dim=32,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=6),
+    tie_embeddings=True,
+)
+TERMS = (
+    Term('forward_kl', weight=0.7, temperature=2.0, scale_by_temperature_squared=True),
+    Term('jsd', weight=0.3, beta=0.3),
+    Term('cross_entropy', weight=0.5),
+)
+BALANCE = BalanceConfig(load_balance_weight=0.1, router_z_weight=0.01, selection_bias_rate=0.01)
+
+
+def make_batch(seed: int = 0) -> Batch:
+    """Rows of two documents and some padding, of different lengths."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, V, (B, T + 1))
+    first, total = rng.integers(2, 6, (B, 1)), rng.integers(8, T + 1, (B, 1))
+    index = np.arange(T)
+    segment_ids = np.where(index < first, 1, 2) * (index < total)
+    positions = np.where(index < first, index, index - first)
+    mask = (segment_ids > 0) & (index != first - 1) & (index != total - 1)
+    arrays = tokens[:, :T], tokens[:, 1:], mask, segment_ids, positions
+    return Batch(*(jnp.asarray(a, bool if a.dtype == bool else jnp.int32) for a in arrays))
+
+
+def make_recipe(mesh=None, *, micro_batches: int = 1, chunk_size: int = 512) -> Recipe:
+    """Plain gradient descent at rate 1: the parameters move by exactly the gradient."""
+    return Recipe(
+        model=Transformer(STUDENT, mesh),
+        objective=Objective(TERMS),
+        optimizer=optax.sgd(1.0),
+        train=TrainConfig(steps=1, micro_batches=micro_batches, chunk_size=chunk_size),
+        balance=BALANCE,
+        teacher=OnlineTeacher(Transformer(TEACHER, mesh)),
+    )
+
+
+@functools.cache
+def variables():
+    """Initial variables of student and teacher, made once."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    init = jax.jit(lambda model, key: nn.unbox(model.init(key, tokens)), static_argnums=0)
+    student = init(Transformer(STUDENT), jax.random.key(1))
+    # Logits far from uniform, so that no term is near zero and routing is uneven.
+    student['params'] = jax.tree.map(lambda leaf: leaf * 1.5, student['params'])
+    return student, init(Transformer(TEACHER), jax.random.key(2))
+
+
+@functools.cache
+def reference():
+    """One update on one device, in one piece."""
+    return run(make_recipe())
+
+
+def run(recipe: Recipe, batch: Batch | None = None):
+    student, teacher = variables()
+    return jax.device_get(
+        jax.jit(make_train_step(recipe))(
+            initial_state(recipe, student), teacher, make_batch() if batch is None else batch
+        )
+    )
+
+
+def assert_same_update(got, wanted):
+    (state, metrics), (wanted_state, wanted_metrics) = got, wanted
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
+    jax.tree.map(close, state.params, wanted_state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.routing, wanted_state.routing)
+    jax.tree.map(close, metrics, wanted_metrics)
+
+
+def test_the_reference_moves_everything():
+    student, _ = variables()
+    state, metrics = reference()
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, student['params'])
+    assert min(jax.tree.leaves(moved)) > 1e-5
+    assert {float(abs(bias)) for bias in np.ravel(jax.tree.leaves(state.routing)[0])} <= {
+        0.0,
+        float(np.float32(0.01)),
+    }
+    assert metrics.load.sum() == 2 * (make_batch().segment_ids > 0).sum()
+    assert int(state.step) == 1
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    _, metrics = reference()
+    mean = {name: total / weight for name, (total, weight) in metrics.pairs.items()}
+    expected = (
+        0.7 * mean['forward_kl']
+        + 0.3 * mean['jsd']
+        + 0.5 * mean['cross_entropy']
+        + 0.1 * mean['load_balance_loss']
+        + 0.01 * mean['router_z_loss']
+    )
+    np.testing.assert_allclose(mean['loss'], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('micro_batches', [2, 8])
+def test_micro_batches_add_up(micro_batches):
+    assert_same_update(run(make_recipe(micro_batches=micro_batches, chunk_size=7)), reference())
+
+
+@pytest.mark.parametrize(
+    'sizes',
+    [
+        dict(data=8),
+        dict(fsdp=8),
+        dict(expert=8),
+        dict(tensor=2, data=4),
+        dict(data=2, fsdp=2, expert=2),
+        dict(fsdp=2, expert=2, tensor=2),
+    ],
+    ids=str,
+)
+def test_every_mesh_gives_the_same_update(sizes):
+    mesh = make_mesh(MeshConfig(**sizes))
+    assert mesh.size == 8
+    assert_same_update(run_on(mesh, micro_batches=1), reference())
+
+
+def run_on(mesh, micro_batches: int):
+    recipe = make_recipe(mesh, micro_batches=micro_batches, chunk_size=16)
+    student, teacher = variables()
+    place = lambda model, values: jax.device_put(values, variable_shardings(model, mesh))  # noqa: E731
+    state = jax.jit(functools.partial(initial_state, recipe))(place(recipe.model, student))
+    batch = jax.device_put(make_batch(), batch_sharding(mesh))
+    step = jax.jit(make_train_step(recipe))
+    return jax.device_get(step(state, place(recipe.teacher.model, teacher), batch))
+
+
+def test_micro_batches_add_up_on_a_mesh():
+    mesh = make_mesh(MeshConfig(data=2, expert=2), jax.devices()[:4])
+    assert_same_update(run_on(mesh, micro_batches=2), reference())
+
+
+def test_a_bad_update_is_skipped_and_counted():
+    recipe = make_recipe()
+    student, teacher = variables()
+    poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, teacher)
+    state = initial_state(recipe, student)
+    step = jax.jit(make_train_step(recipe))
+    once, _ = step(state, poisoned, make_batch())
+    twice, metrics = step(once, poisoned, make_batch())
+    assert int(twice.step) == 2
+    assert int(metrics.skipped) == int(twice.skipped) == 2
+    jax.tree.map(np.testing.assert_array_equal, twice.params, student['params'])
+    jax.tree.map(np.testing.assert_array_equal, twice.routing, state.routing)
+    good, _ = step(twice, teacher, make_batch())
+    assert int(good.skipped) == 0
+    jax.tree.map(np.testing.assert_array_equal, good.params, reference()[0].params)
+
+
+def test_the_compiled_step_holds_no_logits_of_the_batch():
+    recipe = make_recipe(chunk_size=2 * B)
+    student, teacher = variables()
+    lowered = jax.jit(make_train_step(recipe)).lower(
+        initial_state(recipe, student), teacher, make_batch()
+    )
+    text = lowered.compile().as_text()
+    shapes = [f'[{B},{T},{V}]', f'[{B * T},{V}]', f'[{T},{B},{V}]', f'[{T * B},{V}]']
+    assert not [shape for shape in shapes if shape in text]
+    # The search is able to find them: a chunk of the whole batch does hold logits of all tokens.
+    whole = dataclasses.replace(recipe, train=TrainConfig(steps=1, chunk_size=B * T))
+    found = (
+        jax.jit(make_train_step(whole))
+        .lower(initial_state(whole, student), teacher, make_batch())
+        .compile()
+        .as_text()
+    )
+    assert [shape for shape in shapes if shape in found]
