@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import DType, TransformerConfig
-from moe.layers import RMSNorm, apply_rope, kernel_init, rope_tables
+from moe.dot_product import dot_product_attention
+from moe.layers import RMSNorm, apply_rope, kernel_init, linear, rope_tables
 from moe.sharding import constrain
 from moe.types import KVCache
 
@@ -65,36 +66,6 @@ def attention_mask(
     return causal & (query_segments[:, :, None] == key_segments[:, None, :])
 
 
-def dot_product_attention(
-    queries: Float[Array, 'B T H Dh'],
-    keys: Float[Array, 'B S Hkv Dh'],
-    values: Float[Array, 'B S Hkv Dh'],
-    allowed: Bool[Array, 'B T S'],
-) -> Float[Array, 'B T H Dh']:
-    """Returns `softmax(q k^T / sqrt(Dh)) v`, query head h reading key-value head h // (H / Hkv).
-
-    Keys and values are not repeated for the heads that share them. The softmax is float32.
-
-    Args:
-        queries: after RoPE.
-        keys: after RoPE.
-        values: of the same positions.
-        allowed: True where a query may look; every query needs at least one key.
-
-    Returns:
-        Weighted values, in the dtype of `queries`.
-
-    Source: arXiv 2305.13245 (grouped-query attention).
-    """
-    B, T, H, Dh = queries.shape
-    Hkv = keys.shape[2]
-    grouped = (queries * Dh**-0.5).reshape(B, T, Hkv, H // Hkv, Dh)
-    scores = jnp.einsum('btkgd,bskd->bkgts', grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum('bkgts,bskd->btkgd', weights, values).reshape(B, T, H, Dh)
-
-
 class Attention(nn.Module):
     """Projects to queries, keys and values, normalises and rotates them, attends, projects back.
 
@@ -121,23 +92,22 @@ class Attention(nn.Module):
             assert context.start is not None
             cache = extend(cache, keys, values, context.start)
             keys, values = cache
-        attended = dot_product_attention(queries, keys, values, context.allowed)
+        attended = dot_product_attention(
+            queries, keys, values, context.allowed, causal=cache is None
+        )
         attended = constrain(attended, ('batch', 'length', 'heads', 'head_dim'), self.mesh)
         init = kernel_init((0, 1), 2)
         kernel = self._kernel('o', init, (H, Dh, D), ('heads', 'head_dim', 'embed'))
-        return jnp.einsum('bthd,hde->bte', attended, kernel), cache
+        return linear(attended, kernel), cache
 
     def _kernel(self, name: str, init: nn.initializers.Initializer, shape, axes) -> Array:
-        kernel = self.param(
-            name, nn.with_logical_partitioning(init, axes), shape, self.config.param_dtype
-        )
-        return kernel.astype(self.config.dtype)
+        init = nn.with_logical_partitioning(init, axes)
+        return self.param(name, init, shape, self.config.param_dtype)
 
     def _project(self, x: Array, name: str, heads: int, axis: str) -> Array:
         shape = (x.shape[-1], heads, self.config.attention.head_dim)
         kernel = self._kernel(name, kernel_init(0, (1, 2)), shape, ('embed', axis, 'head_dim'))
-        projected = jnp.einsum('btd,dhk->bthk', x, kernel)
-        return constrain(projected, ('batch', 'length', axis, 'head_dim'), self.mesh)
+        return constrain(linear(x, kernel), ('batch', 'length', axis, 'head_dim'), self.mesh)
 
     def _normalise(self, x: Array, name: str, axis: str) -> Array:
         """Applies the q/k norm of the config: to each head alone, or over all of them together."""
