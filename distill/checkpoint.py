@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from distill import checkpoint_files as files
+from distill import distributed
 from distill.checkpoint_files import (
     CheckpointInfo,
     complete_steps,
@@ -157,22 +158,17 @@ class CheckpointManager:
         return state, info.data_state, info.metadata, chosen
 
     def wait(self) -> None:
-        """Waits until the save under way is complete.
+        """Waits until the save under way is complete, on every process.
 
         Raises:
-            CheckpointWriteError: on every process, where any could not write.
+            CheckpointWriteError: at once, on a process that could not write: it has to end, so that
+                the others do not wait for it.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        error = pending.exception()
-        failed = error is not None
-        if jax.process_count() > 1:
-            failed = bool(multihost_utils.process_allgather(np.asarray(failed)).any())
-        if error is not None:
-            raise error
-        if failed:
-            raise CheckpointWriteError('Another process could not write: see its message.')
+        pending.result()
+        distributed.barrier('checkpoint')
 
     def close(self) -> None:
         """Waits as `wait` does, and frees the thread."""
@@ -201,11 +197,11 @@ class CheckpointManager:
         """Completes a save, in the background."""
         with self._writing(step), _without_orbax_tracebacks():
             response.result()
-            if jax.process_index() == 0:
+            if distributed.is_writer():
                 write_manifest(self._directory / str(step))
         self._damaged.discard(step)
         self._current.add(step)
-        if jax.process_index() == 0:
+        if distributed.is_writer():
             self._delete_superseded()
 
     @contextlib.contextmanager
@@ -298,7 +294,7 @@ def _on_first_process(action: Callable[[], int]) -> int:
     """Runs `action` on process 0; every process has its result, or fails where it failed."""
     error: Exception | None = None
     result = 0
-    if jax.process_index() == 0:
+    if distributed.is_writer():
         try:
             result = action()
         except Exception as caught:

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from distill.files import file_sha256
+
 MANIFEST = 'manifest.json'
 
 
@@ -88,9 +90,7 @@ def _damage(path: Path, expected: dict[str, Any] | None) -> str | None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open('rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    return {'bytes': path.stat().st_size, 'sha256': digest}
+    return {'bytes': path.stat().st_size, 'sha256': file_sha256(path)}
 
 
 def _digest(files: dict[str, Any]) -> str:
