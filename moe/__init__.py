@@ -1,0 +1,41 @@
+"""Mixture-of-experts decoders in JAX: configs, models, routing, sharding, decoding, accounting."""
+
+from moe.accounting import bytes_per_token, flops_per_token, parameter_report
+from moe.attention import empty_cache
+from moe.balance import load_balance_loss, load_statistics, router_z_loss, updated_bias
+from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
+from moe.decode import generate
+from moe.errors import InputError
+from moe.experts import MoELayer
+from moe.routing import route
+from moe.sharding import MeshConfig, make_mesh, variable_shardings
+from moe.transformer import Transformer, output_head, update_selection_bias
+from moe.types import KVCache, ModelOutput, RouterOutput
+
+__all__ = [
+    'AttentionConfig',
+    'InputError',
+    'KVCache',
+    'MeshConfig',
+    'MoEConfig',
+    'MoELayer',
+    'ModelOutput',
+    'RouterConfig',
+    'RouterOutput',
+    'Transformer',
+    'TransformerConfig',
+    'bytes_per_token',
+    'empty_cache',
+    'flops_per_token',
+    'generate',
+    'load_balance_loss',
+    'load_statistics',
+    'make_mesh',
+    'output_head',
+    'parameter_report',
+    'route',
+    'router_z_loss',
+    'update_selection_bias',
+    'updated_bias',
+    'variable_shardings',
+]

@@ -1,7 +1,7 @@
 """Scaled dot-product attention that keeps no [T, S] array for its backward pass.
 
-Queries are taken in blocks. A causal block leaves out the keys after its last query, so about half of
-the products are never made; the backward pass recomputes the weights of a block from their
+Queries are taken in blocks. A causal block leaves out the keys after its last query, so about half
+of the products are never made; the backward pass recomputes the weights of a block from their
 log-normaliser, so memory between the passes grows with T, not with T * S.
 """
 
@@ -40,7 +40,7 @@ def dot_product_attention(
     Returns:
         Weighted values, in the dtype of `queries`.
 
-    Source: arXiv 2305.13245 (grouped-query attention); arXiv 2205.14135, appendix B (recomputation).
+    Source: arXiv 2305.13245 (grouped queries); arXiv 2205.14135, appendix B (recomputation).
     """
     B, T, H, Dh = queries.shape
     Hkv = keys.shape[2]

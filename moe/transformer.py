@@ -171,18 +171,16 @@ class Transformer(nn.Module):
             head = embedding.T
         else:
             head = Weight('kernel', shape[::-1], axes[::-1], config.param_dtype, name='head')()
-        return ModelOutput(hidden, self._project(hidden, head) if logits else None, routers, cache)
+        if not logits:
+            return ModelOutput(hidden, None, routers, cache)
+        projected = constrain(hidden_logits(hidden, head), ('batch', 'length', 'vocab'), self.mesh)
+        return ModelOutput(hidden, projected, routers, cache)
 
     def _embed(self, embedding: Array, tokens: Array) -> Array:
         # Rows are gathered whole: only the vocabulary of the table stays sharded.
         table = constrain(embedding, ('vocab', None), self.mesh)
         x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)
         return constrain(x, ACTIVATION_AXES, self.mesh)
-
-    def _project(self, hidden: Array, head: Array) -> Array:
-        head = head.astype(hidden.dtype)
-        logits = jnp.einsum('btd,dv->btv', hidden, head, preferred_element_type=jnp.float32)
-        return constrain(logits, ('batch', 'length', 'vocab'), self.mesh)
 
     def _unroll_layers(
         self, x: Array, cache: KVCache | None, context: AttentionContext, mask: Array
@@ -292,6 +290,14 @@ def output_head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
         [D, V] in the parameters' dtype.
     """
     return params['embed']['embedding'].T if config.tie_embeddings else params['head']['kernel']
+
+
+def hidden_logits(
+    hidden: Float[Array, 'B T D'], head: Float[Array, 'D V']
+) -> Float[Array, 'B T V']:
+    """Returns `hidden @ head` in float32; the factors are in the dtype of `hidden`."""
+    head = head.astype(hidden.dtype)
+    return jnp.einsum('btd,dv->btv', hidden, head, preferred_element_type=jnp.float32)
 
 
 def update_selection_bias(
