@@ -1,0 +1,112 @@
+"""Figures of the fused head and divergence beside its bare matrix products and the plain loss."""
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill.divergences import forward_kl
+from distill.fused import fused_distillation_loss
+from distill.objective import Term
+from distill.types import HiddenTargets
+from experiments.timing import interleaved_medians
+
+Row = dict[str, Any]
+
+ROWS = 8
+
+
+def loss_rows(
+    *,
+    tokens: int = 4096,
+    vocab_size: int = 32_000,
+    student_dim: int = 256,
+    teacher_dim: int = 512,
+    repeats: int = 7,
+) -> list[Row]:
+    """Measures head + forward KL, forward and backward, with the teacher's logits made on the way.
+
+    The reference of both rates is the matrix products that any form needs, alone: the logits of both,
+    and the gradients in the student's hidden states and in its head. With a teacher twice as wide as
+    the student they count for five products of the student's width.
+
+    Args:
+        tokens: a multiple of 8, in rows of tokens / 8.
+        vocab_size: `V`.
+        student_dim: width of the student.
+        teacher_dim: width of the teacher.
+        repeats: timed rounds; the median counts.
+
+    Returns:
+        For 'fused' and 'plain', a row of the rate in GFLOP/s against that of the bare products, and
+        a row of the peak temporary memory in GB (of the compiled program) against the plain form's.
+    """
+    arguments = _arguments(tokens, vocab_size, student_dim, teacher_dim)
+    forms = {
+        'products': _products,
+        'fused': jax.value_and_grad(_fused, argnums=(0, 1)),
+        'plain': jax.value_and_grad(_plain, argnums=(0, 1)),
+    }
+    compiled = {name: jax.jit(f).lower(*arguments).compile() for name, f in forms.items()}
+    functions: dict[str, Callable[[], Any]] = {
+        name: (lambda program=program: program(*arguments)) for name, program in compiled.items()
+    }
+    seconds = interleaved_medians(functions, repeats=repeats)
+    memory = {name: c.memory_analysis().temp_size_in_bytes / 1e9 for name, c in compiled.items()}
+    flops = 2 * tokens * vocab_size * (3 * student_dim + teacher_dim)
+    rates = {name: flops / elapsed / 1e9 for name, elapsed in seconds.items()}
+    conditions = (
+        f'forward+backward, {tokens} tokens, V={vocab_size}, student D={student_dim}, teacher '
+        f'D={teacher_dim}, float32; {jax.devices()[0].device_kind}, {platform.machine()}, '
+        f'jax {jax.__version__}; reference: '
+    )
+    rows = []
+    for form in ('fused', 'plain'):
+        rows += [
+            _row(
+                f'loss/{form}', 'GFLOP/s', rates[form], rates['products'], conditions + 'products'
+            ),
+            _row(f'loss/{form}/memory', 'GB', memory[form], memory['plain'], conditions + 'plain'),
+        ]
+    return rows
+
+
+def _row(name: str, unit: str, value: float, reference: float, conditions: str) -> Row:
+    return {
+        'name': name,
+        'value': value,
+        'unit': unit,
+        'reference': reference,
+        'ratio': value / reference,
+        'conditions': conditions,
+    }
+
+
+def _arguments(tokens: int, vocab_size: int, *dims: int) -> list[jax.Array]:
+    """Hidden states and heads of unit variance in the logits: the student's, then the teacher's."""
+    arrays = []
+    for key, dim in zip(jax.random.split(jax.random.key(0), len(dims)), dims, strict=True):
+        states, weights = jax.random.split(key)
+        arrays.append(jax.random.normal(states, (ROWS, tokens // ROWS, dim)))
+        arrays.append(jax.random.normal(weights, (dim, vocab_size)) / dim**0.5)
+    return arrays
+
+
+def _fused(hidden: jax.Array, head: jax.Array, *teacher: jax.Array) -> jax.Array:
+    return fused_distillation_loss(hidden, head, HiddenTargets(*teacher), (Term('forward_kl'),))[0]
+
+
+def _plain(hidden: jax.Array, head: jax.Array, *teacher: jax.Array) -> jax.Array:
+    return forward_kl(hidden @ head, HiddenTargets(*teacher))
+
+
+def _products(
+    hidden: jax.Array, head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The products alone; the logits stand in for their gradient, which costs the same."""
+    logits = hidden @ head
+    d_hidden = jnp.einsum('btv,dv->btd', logits, head)
+    d_head = jnp.einsum('btd,btv->dv', hidden, logits)
+    return teacher_hidden @ teacher_head, d_hidden, d_head
