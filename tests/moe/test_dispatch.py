@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.dispatch import dispatch, sequence_capacity, slot_plan
+from moe.dispatch import dispatch, sequence_capacity, slot_plan, sort_by_group
 
 B, T, D, E, F = 2, 12, 6, 5, 4
 
@@ -125,6 +125,13 @@ def test_masked_tokens_get_and_give_nothing(method):
     dirty = output_and_gradients(poisoned_x, weights, *rest, poisoned_ids, mask, method)
     np.testing.assert_array_equal(clean['y'], dirty['y'])
     np.testing.assert_array_equal(clean['gradients'][2], dirty['gradients'][2])
+
+
+def test_sorting_keeps_the_order_within_an_expert_and_leaves_masked_assignments_out():
+    plan, sizes = sort_by_group(jnp.array([[2, 0], [3, 3], [0, 2]]), 3)
+    np.testing.assert_array_equal(sizes, [2, 0, 2])
+    np.testing.assert_array_equal(plan.source, [1, 4, 0, 5, 6, 6])
+    np.testing.assert_array_equal(plan.row, [[2, 0], [6, 6], [1, 3]])
 
 
 def test_capacity_serves_earlier_positions_then_better_choices():

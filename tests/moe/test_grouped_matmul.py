@@ -115,5 +115,5 @@ def test_compiled_program_holds_no_dense_expansion():
     largest = max(N * D, N * F, E * D * F)
     assert max(elements.values()) <= largest, {s: n for s, n in elements.items() if n > largest}
 
-    dense = jax.jit(module._ragged).lower(lhs, rhs, sizes).compile().as_text()
-    assert f'f32[{E},{N},{D}]' in dense or f'f32[{N},{E * D}]' in dense or f'{E},{N}' in dense
+    expanded = jax.jit(module._ragged).lower(lhs, rhs, sizes).compile().as_text()
+    assert f'{E},{N}' in expanded, 'ragged_dot no longer expands on CPU: the loop may be dropped'
