@@ -77,7 +77,7 @@ def fused_distillation_loss(
     """
     _check(hidden, head, targets, terms, labels, mask, chunk_size)
     if mesh is not None:
-        _check_mesh(mesh, hidden.shape[0], *head.shape)
+        _check_mesh(mesh, hidden.shape[0], head.shape[0], head.shape[1])
     if mask is None:
         mask = jnp.ones(hidden.shape[:2], bool)
     dtype = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)

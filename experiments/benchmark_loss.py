@@ -28,8 +28,8 @@ def loss_rows(
 ) -> list[Row]:
     """Measures head + forward KL, forward and backward, with the teacher's logits made on the way.
 
-    The reference of both rates is the matrix products that any form needs, alone: the logits of both,
-    and the gradients in the student's hidden states and in its head. With a teacher twice as wide as
+    The reference of both rates is the matrix products that any form needs, alone: the logits of
+    both, and the gradients in the student's hidden states and head. With a teacher twice as wide as
     the student they count for five products of the student's width.
 
     Args:
@@ -54,7 +54,7 @@ def loss_rows(
         name: (lambda program=program: program(*arguments)) for name, program in compiled.items()
     }
     seconds = interleaved_medians(functions, repeats=repeats)
-    memory = {name: c.memory_analysis().temp_size_in_bytes / 1e9 for name, c in compiled.items()}
+    memory = {name: _temporary_bytes(program) / 1e9 for name, program in compiled.items()}
     flops = 2 * tokens * vocab_size * (3 * student_dim + teacher_dim)
     rates = {name: flops / elapsed / 1e9 for name, elapsed in seconds.items()}
     conditions = (
@@ -71,6 +71,10 @@ def loss_rows(
             _row(f'loss/{form}/memory', 'GB', memory[form], memory['plain'], conditions + 'plain'),
         ]
     return rows
+
+
+def _temporary_bytes(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def _row(name: str, unit: str, value: float, reference: float, conditions: str) -> Row:
