@@ -2,7 +2,9 @@
 
 import errno
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags
 
@@ -10,6 +12,7 @@ from distill.loop import DivergedError, Stopped
 from moe.errors import InputError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -27,32 +30,92 @@ def _guarded(main: Callable[[], None]) -> int:
         main()
     except Stopped as stopped:
         _say(f'Stopped as asked, saved at step {stopped.step}. The same command goes on from it.')
-    except InputError as error:
-        _say(f'Error: {error}')
-        return 2
     except DivergedError as error:
         _say(f'Error: {error}')
         return 1
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        # An error that is an InputError besides has words of its own.
+        if not isinstance(error, InputError) and error.errno not in (*_NO_SPACE, *_NO_ACCESS):
             raise
-        _say(
-            f'Error: no space left to write {error.filename or "a file"} ({error.strerror}). What '
-            'was complete is intact. Free some space, or choose another --workdir, and run the '
-            'same command again.'
-        )
+        _say(f'Error: {error if isinstance(error, InputError) else _system_text(error)}')
         return 1
+    except InputError as error:
+        _say(f'Error: {error}')
+        return 2
     return 0
 
 
+def _system_text(error: OSError) -> str:
+    """Says what the operating system refused, and the remedy."""
+    what = error.filename or 'a file'
+    if error.errno in _NO_ACCESS:
+        return (
+            f'{what} must be accessible; the system says: {error.strerror}. Change its '
+            'permissions, or choose another path.'
+        )
+    return (
+        f'no space left to write {what} ({error.strerror}). What was complete is intact. Free some '
+        'space, or choose another --workdir, and run the same command again.'
+    )
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags; an override that the config refuses is a message, not a traceback."""
+    """Parses flags; a config file or an override that fails is a message, not a traceback."""
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = str(error.args[0]) if error.args else str(error)
-        _say(f'Error in the command line: {text}\nSee --help for flags, configs/base.py for keys.')
+        rest = flags.FLAGS(argv)
+        for name in flags.FLAGS:
+            # What stands for a config file that could not be read raises at any attribute.
+            getattr(flags.FLAGS[name].value, 'items', None)
+    except Exception as error:
+        _say(_flag_text(error))
         sys.exit(2)
+    if len(rest) > 1:
+        _say(
+            f'Error in the command line: {rest[1]!r} is no flag. Flags are --name=value; lists have '
+            'commas and no spaces; quote what the shell would split. See --help.'
+        )
+        sys.exit(2)
+    return rest
+
+
+def _flag_text(error: Exception) -> str:
+    """Says what is wrong in the config file, with its line, or else in the command line."""
+    for cause in _chain(error):
+        if isinstance(cause, SyntaxError):
+            return f'Error in {cause.filename}, line {cause.lineno}: {cause.msg}\n{cause.text}'
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if _is_users(f.filename)]
+        if frames:
+            return (
+                f'Error in {frames[-1].filename}, line {frames[-1].lineno}: {_text(cause)}\n'
+                f'    {frames[-1].line}\nconfigs/base.py has every key, with its type.'
+            )
+    return (
+        f'Error in the command line: {_text(error)}\nSee --help for flags, configs/base.py for the '
+        'keys that --config.KEY=VALUE can set.'
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_users(filename: str) -> bool:
+    """Whether code is neither a library's nor this module's."""
+    libraries = [sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')]
+    return not filename.startswith(('<', __file__, *libraries))
+
+
+def _text(error: BaseException) -> str:
+    """The words of an error; some arrive as a KeyError that another one was raised with."""
+    argument = error.args[0] if error.args else type(error).__name__
+    if isinstance(argument, KeyError):
+        return f'there is no key {_text(argument)}'
+    if isinstance(error, OSError):
+        # A list of where the file was looked for, the reason last.
+        return str(error).splitlines()[-1].strip()
+    return str(argument)
 
 
 def _say(text: str) -> None:

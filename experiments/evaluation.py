@@ -84,7 +84,7 @@ def _prefill_tokens(context: Context) -> np.ndarray:
     """Fills a batch with held-out text, end to end."""
     config, length = context.study.evaluate, context.study.evaluate.context_length
     rows = context.held_out.rows
-    text = rows.tokens[rows.mask]
+    text = rows['tokens'][rows['mask']]
     return np.resize(text, (config.prefill_batch, length)).astype(np.int32)
 
 

@@ -34,8 +34,11 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'With --coordinator_addres
 def main() -> None:
     """Runs the stages that were asked for."""
     for flag in (CONFIG, WORKDIR):
-        if flag.value is None:
-            raise InputError(f'--{flag.name} is required: {flag.help} See --help.')
+        if not flag.value:
+            raise InputError(
+                f'--{flag.name} is required: {flags.FLAGS[flag.name].help} Give --{flag.name}=PATH; '
+                'see --help.'
+            )
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(
         coordinator_address=COORDINATOR.value,
