@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import jax
 
@@ -41,18 +41,6 @@ class Metrics:
                 sums[name] = sums.get(name, 0.0) + float(total)
                 weights[name] = weights.get(name, 0.0) + float(weight)
         return {name: sums[name] / weights[name] for name in sums if weights[name] != 0}
-
-
-class MetricWriter(Protocol):
-    """Where scalars go; one process writes."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of one step."""
-        ...
-
-    def close(self) -> None:
-        """Closes the files."""
-        ...
 
 
 class JsonlWriter:
@@ -109,43 +97,6 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
                     f'{line[:80]!r}. Remove the line, or move the file away, and start again.'
                 ) from error
     return kept
-
-
-class TensorBoardWriter:
-    """Writes scalars for TensorBoard, through tensorboardX."""
-
-    def __init__(
-        self, directory: str | os.PathLike[str], *, restored_step: int | None = None
-    ) -> None:
-        """Opens an event file.
-
-        Args:
-            directory: of the event files.
-            restored_step: of the checkpoint that the run goes on from: what TensorBoard shows of
-                later steps is purged. None for a run from its start: every step is.
-
-        Raises:
-            InputError: where tensorboardX is not installed.
-        """
-        try:
-            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise InputError(
-                'Writing for TensorBoard requires tensorboardX, which is not installed. Run '
-                "pip install 'fractional[tensorboard]', or do without: metrics.jsonl has the same."
-            ) from error
-        purge_step = 0 if restored_step is None else restored_step + 1
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one scalar for each metric, and flushes."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), int(step))
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Closes the event file."""
-        self._writer.close()
 
 
 def format_duration(seconds: float) -> str:

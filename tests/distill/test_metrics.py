@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import sys
-import types
 
 import jax.numpy as jnp
 import pytest
@@ -13,7 +11,6 @@ from distill.metrics import (
     JsonlWriter,
     Metrics,
     ProgressLine,
-    TensorBoardWriter,
     format_duration,
     format_progress,
     format_quantity,
@@ -93,38 +90,6 @@ def test_broken_line_is_named(tmp_path, line):
     with pytest.raises(InputError, match=r'metrics\.jsonl, line 2, must be a JSON object'):
         JsonlWriter(path, restored_step=3)
     assert path.read_text().splitlines()[1] == line  # nothing was lost
-
-
-def test_tensorboard_purges_from_the_step_after_the_restored_one(tmp_path, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, logdir, purge_step):
-            calls.append((logdir, purge_step))
-
-        def add_scalar(self, name, value, step):
-            calls.append((name, value, step))
-
-        def flush(self):
-            calls.append('flush')
-
-        def close(self):
-            calls.append('close')
-
-    stand_in = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, 'tensorboardX', stand_in)
-    writer = TensorBoardWriter(tmp_path, restored_step=10)
-    writer.write(11, {'loss': jnp.float32(0.5)})
-    writer.close()
-    TensorBoardWriter(tmp_path)
-    first, last = (str(tmp_path), 11), (str(tmp_path), 0)
-    assert calls == [first, ('loss', 0.5, 11), 'flush', 'close', last]
-
-
-def test_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'tensorboardX', None)
-    with pytest.raises(InputError, match=r"pip install 'fractional\[tensorboard\]'"):
-        TensorBoardWriter(tmp_path)
 
 
 @pytest.mark.parametrize(
