@@ -125,7 +125,9 @@ def _same(a: object, b: object) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum(plan: Plan, hidden: Array, head: Array, operands: Operands):
+def _weighted_sum(
+    plan: Plan, hidden: Array, head: Array, operands: Operands
+) -> tuple[Array, Array]:
     """Returns the weighted sum over terms and tokens, and each term's own sum over tokens."""
     sums, *_ = over_mesh(plan, False, hidden, head, operands)
     return _total(operands.weights, sums), sums
@@ -136,14 +138,18 @@ def _total(weights: Array, sums: Array) -> Array:
     return jnp.sum(jnp.where(weights == 0, 0, weights * sums))
 
 
-def _weighted_sum_fwd(plan: Plan, hidden: Array, head: Array, operands: Operands):
+def _weighted_sum_fwd(
+    plan: Plan, hidden: Array, head: Array, operands: Operands
+) -> tuple[tuple[Array, Array], Any]:
     sums, d_hidden, d_head = over_mesh(plan, True, hidden, head, operands)
     # Arrays of size 0 carry the dtypes that the gradients must come back in.
     dtypes = jnp.zeros(0, hidden.dtype), jnp.zeros(0, head.dtype)
     return (_total(operands.weights, sums), sums), (d_hidden, d_head, dtypes)
 
 
-def _weighted_sum_bwd(plan: Plan, residuals, cotangents):
+def _weighted_sum_bwd(
+    plan: Plan, residuals: Any, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
     d_hidden, d_head, (hidden_like, head_like) = residuals
     scale, _ = cotangents
     return (
