@@ -88,7 +88,8 @@ def fused_distillation_loss(
     )
     weights = _stack([_resolved(term.weight) for term in terms], dtype) * squares
     operands = Operands(targets, labels, mask, _stack(temperatures, dtype), weights)
-    total, sums = _weighted_sum(Plan(groups, chunk_size, mesh), hidden, head, operands)
+    results: Any = _weighted_sum(Plan(groups, chunk_size, mesh), hidden, head, operands)
+    total, sums = results
     count = jnp.sum(mask, dtype=jnp.float32)
     sums = jax.lax.stop_gradient(sums * squares)
     metrics = {name: (sums[i], count) for i, name in enumerate(metric_names(terms))}
