@@ -173,7 +173,7 @@ def _loss(
     )
     loss, pairs = fused_distillation_loss(
         output.hidden,
-        output_head(model.config, params),
+        output_head(model.config, params).astype(output.hidden.dtype),
         None if recipe.teacher is None else recipe.teacher.targets(teacher, batch),
         recipe.objective.at(state.step),
         labels=batch.labels,
