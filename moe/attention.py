@@ -1,5 +1,7 @@
 """Grouped-query attention, the masks of packed rows, and the cache of keys and values."""
 
+import dataclasses
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -8,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import DType, TransformerConfig
 from moe.dot_product import dot_product_attention
-from moe.layers import RMSNorm, apply_rope, kernel_init, linear, rope_tables
+from moe.layers import RMSNorm, apply_rope, kernel_init, linear, partitioned, rope_tables
 from moe.sharding import constrain
 from moe.types import KVCache
 
@@ -101,7 +103,7 @@ class Attention(nn.Module):
         return linear(attended, kernel), cache
 
     def _kernel(self, name: str, init: nn.initializers.Initializer, shape, axes) -> Array:
-        init = nn.with_logical_partitioning(init, axes)
+        init = partitioned(init, axes)
         return self.param(name, init, shape, self.config.param_dtype)
 
     def _project(self, x: Array, name: str, heads: int, axis: str) -> Array:
@@ -157,7 +159,7 @@ def attention_context(
     config: TransformerConfig,
     positions: Int[Array, 'B T'] | None,
     segment_ids: Int[Array, 'B T'] | None,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     cache: KVCache | None,
 ) -> tuple[AttentionContext, KVCache | None]:
     """Computes rotary tables and mask, and notes the new tokens' segments in the cache.
@@ -187,7 +189,7 @@ def attention_context(
         cached = jax.lax.dynamic_update_slice(
             cache.segment_ids, segments.astype(jnp.int32), (0, start)
         )
-        cache = cache.replace(segment_ids=cached, length=start + T)
+        cache = dataclasses.replace(cache, segment_ids=cached, length=start + T)
         allowed = attention_mask(slots, segments, cached, cached.shape[1])
     if positions is None:
         positions = jnp.broadcast_to(slots, (B, T))

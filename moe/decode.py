@@ -154,7 +154,9 @@ def _generate(
     cache = empty_cache(run.model.config, B, T + N)
     segments = mask.astype(jnp.int32)
     positions = segment_positions(segments)
-    output = run.model.apply(variables, prompts, positions, segments, cache=cache, logits=False)
+    output: Any = run.model.apply(
+        variables, prompts, positions, segments, cache=cache, logits=False
+    )
     head = output_head(run.model.config, variables['params'])
     fill = 0 if run.eos_id is None else run.eos_id
     state = _State(
@@ -178,7 +180,7 @@ def _decode_step(run: _Run, variables: Any, key: PRNGKeyArray, state: _State) ->
         new = jnp.where(state.done, run.eos_id, new)
     log_probs = jnp.where(state.done, 0.0, log_probs)
     done = state.done if run.eos_id is None else state.done | (new == run.eos_id)
-    output = run.model.apply(
+    output: Any = run.model.apply(
         variables,
         new[:, None],
         state.positions[:, None],

@@ -7,6 +7,7 @@ log-normaliser, so memory between the passes grows with T, not with T * S.
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,8 @@ def dot_product_attention(
     B, T, H, Dh = queries.shape
     Hkv = keys.shape[2]
     grouped = (queries * Dh**-0.5).reshape(B, T, Hkv, H // Hkv, Dh).transpose(0, 2, 3, 1, 4)
-    keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-    attended = _attend(grouped, keys, values, allowed, causal)
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (keys, values))
+    attended: Any = _attend(grouped, keys, values, allowed, causal)
     return attended.transpose(0, 3, 1, 2, 4).reshape(B, T, H, Dh)
 
 

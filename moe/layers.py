@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,6 +32,11 @@ def kernel_init(
     return jax.nn.initializers.variance_scaling(
         1.0, 'fan_in', 'truncated_normal', in_axis, out_axis, batch_axis
     )
+
+
+def partitioned(init: jax.nn.initializers.Initializer, axes: tuple[str | None, ...]) -> Any:
+    """Names the logical axes of what `init` returns; see `flax.linen.with_logical_partitioning`."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 def linear(x: Float[Array, 'B T *inputs'], kernel: Float[Array, '*kernel']) -> Array:
@@ -88,7 +94,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, '...']) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones_init(), self.axes)
+        init = partitioned(nn.initializers.ones_init(), self.axes)
         scale = self.param('scale', init, x.shape[-len(self.axes) :], self.param_dtype)
         return rms_norm(x, scale, self.eps)
 
@@ -158,13 +164,13 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
         gate_up = self.param(
             'gate_up',
-            nn.with_logical_partitioning(kernel_init(0, (1, 2)), ('embed', None, 'mlp')),
+            partitioned(kernel_init(0, (1, 2)), ('embed', None, 'mlp')),
             (x.shape[-1], 2, self.hidden_dim),
             self.param_dtype,
         )
         down = self.param(
             'down',
-            nn.with_logical_partitioning(kernel_init(0, 1), ('mlp', 'embed')),
+            partitioned(kernel_init(0, 1), ('mlp', 'embed')),
             (self.hidden_dim, x.shape[-1]),
             self.param_dtype,
         )

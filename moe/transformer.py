@@ -1,5 +1,6 @@
 """The decoder: blocks of attention and a gated MLP or experts, scanned and rematerialised."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ from moe.balance import updated_bias
 from moe.config import DType, Remat, TransformerConfig
 from moe.errors import InputError
 from moe.experts import MoELayer
-from moe.layers import GatedMLP, RMSNorm
+from moe.layers import GatedMLP, RMSNorm, partitioned
 from moe.sharding import LogicalAxes, constrain
 from moe.stacking import (
     LayerGroup,
@@ -93,7 +94,7 @@ class Pattern(nn.Module):
         routers, extended = [], []
         for j, has_experts in enumerate(self.pattern):
             layer = block(self.config, has_experts, self.mesh, name=f'layer_{j}')
-            x, router, cache = layer(x, caches and caches[j], context, mask)
+            x, router, cache = layer(x, None if caches is None else caches[j], context, mask)
             routers += [router] if has_experts else []
             extended += [cache] if caches else []
         return x, (routers, extended)
@@ -103,7 +104,7 @@ class Weight(nn.Module):
     """Holds one parameter that is not a layer's: the embedding or the head."""
 
     leaf: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     axes: LogicalAxes
     param_dtype: DType
 
@@ -111,7 +112,7 @@ class Weight(nn.Module):
     def __call__(self) -> Array:
         # Variance 1 / D: a tied head then starts with logits of variance one.
         deviation = self.shape[self.axes.index('embed')] ** -0.5
-        init = nn.with_logical_partitioning(nn.initializers.normal(deviation), self.axes)
+        init = partitioned(nn.initializers.normal(deviation), self.axes)
         return self.param(self.leaf, init, self.shape, self.param_dtype)
 
 
@@ -191,12 +192,12 @@ class Transformer(nn.Module):
         routers, extended = [], []
         for i, has_experts in enumerate(config.moe_layers):
             layer = block(config, has_experts, self.mesh, name=f'layer_{i}')
-            x, router, layer_cache = layer(x, caches and caches[i], context, mask)
+            x, router, layer_cache = layer(x, None if caches is None else caches[i], context, mask)
             routers += [router] if has_experts else []
             extended.append(layer_cache)
         if cache is not None:
             keys, values = (jnp.stack(part) for part in zip(*extended, strict=True))
-            cache = cache.replace(keys=keys, values=values)
+            cache = dataclasses.replace(cache, keys=keys, values=values)
         return x, tuple(routers), cache
 
     def _scan_layers(
@@ -210,15 +211,16 @@ class Transformer(nn.Module):
             x, (stacked, new_caches) = self._scan(g, group)(x, caches, context, mask)
             routers += unstack_routers(stacked)
             if cache is not None:
-                extended.append(jax.tree.map(lambda *parts: join_repeats(parts), *new_caches))
+                extended.append(jax.tree.map(lambda *parts: join_repeats(list(parts)), *new_caches))
             start += group.num_layers
         if cache is not None:
             keys, values = (jnp.concatenate(part) for part in zip(*extended, strict=True))
-            cache = cache.replace(keys=keys, values=values)
+            cache = dataclasses.replace(cache, keys=keys, values=values)
         return x, tuple(routers), cache
 
     def _scan(self, g: int, group: LayerGroup) -> Any:
-        scanned = nn.scan(
+        scan: Any = nn.scan
+        scanned = scan(
             Pattern,
             variable_axes={'params': 0, 'routing': 0},
             split_rngs={'params': True},

@@ -1,0 +1,154 @@
+"""Sampling: greedy equals the full forward, filters equal hand-worked ones, keys decide."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
+from moe.decode import Sampling, filter_logits, generate, sample
+from moe.errors import InputError
+from moe.transformer import Transformer
+
+CONFIG = TransformerConfig(
+    vocab_size=20,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=12,
+    attention=AttentionConfig(2, 1, 8),
+    moe=MoEConfig(RouterConfig(4, 2, selection_bias=True), 6, dispatch='dense', layers=(1,)),
+)
+MODEL = Transformer(CONFIG)
+PROMPTS = np.array([[3, 1, 4, 1], [0, 0, 5, 9], [0, 2, 6, 5]])
+MASK = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]], bool)
+KEY = jax.random.key(5)
+
+
+@functools.cache
+def variables():
+    init = jax.jit(lambda key: nn.unbox(MODEL.init(key, jnp.ones((1, 1), jnp.int32))))
+    drawn = init(jax.random.key(0))
+    # Larger weights, so that no argmax hangs on rounding.
+    return {**drawn, 'params': jax.tree.map(lambda leaf: leaf * 3.0, drawn['params'])}
+
+
+def run(**settings):
+    settings = {'max_new_tokens': 6, 'key': KEY, 'prompt_mask': MASK, **settings}
+    tokens, log_probs = generate(settings.pop('model', MODEL), variables(), PROMPTS, **settings)
+    return np.asarray(tokens), np.asarray(log_probs)
+
+
+def log_probs_of(tokens: np.ndarray) -> np.ndarray:
+    """The model's log-probabilities where each token was written: one forward without a cache."""
+    lengths = MASK.sum(axis=1)
+    documents = np.zeros((3, 10), int)  # padded on the right, where causality makes it harmless
+    for row, length in enumerate(lengths):
+        documents[row, : length + 6] = np.concatenate([PROMPTS[row][MASK[row]], tokens[row]])
+    logits = np.asarray(jax.jit(MODEL.apply)(variables(), documents).logits, np.float64)
+    normalised = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    at = (lengths - 1)[:, None] + np.arange(6)
+    return np.take_along_axis(normalised, at[:, :, None], axis=1)
+
+
+@pytest.mark.parametrize('dispatch', ['dense', 'capacity'])
+def test_greedy_takes_the_argmax_of_the_full_forward(dispatch):
+    # Slots for a hundredth of the tokens: a dispatch that drops would write something else.
+    moe = dataclasses.replace(CONFIG.moe, dispatch=dispatch, capacity_factor=0.01)
+    model = Transformer(dataclasses.replace(CONFIG, moe=moe))
+    tokens, log_probs = run(model=model, temperature=0.0)
+    expected = log_probs_of(tokens)
+    np.testing.assert_array_equal(tokens, expected.argmax(axis=-1))
+    np.testing.assert_allclose(log_probs, expected.max(axis=-1), atol=1e-4)
+
+
+def test_log_probs_are_the_models_own_whatever_filters_the_draw():
+    tokens, log_probs = run(temperature=2.0, top_k=4, top_p=0.9)
+    expected = np.take_along_axis(log_probs_of(tokens), tokens[:, :, None], axis=-1)[:, :, 0]
+    np.testing.assert_allclose(log_probs, expected, atol=1e-4)
+
+
+def test_the_key_decides():
+    first, again, other = run(), run(), run(key=jax.random.key(6))
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert (first[0] != other[0]).any()
+
+
+def test_eos_ends_a_row_alone():
+    free, free_log_probs = run()
+    eos_id = int(free[0, 2])
+    tokens, log_probs = run(eos_id=eos_id)
+    for row in range(3):
+        ends = np.flatnonzero(free[row] == eos_id)
+        length = int(ends[0]) + 1 if ends.size else 6
+        np.testing.assert_array_equal(tokens[row, :length], free[row, :length])
+        np.testing.assert_allclose(log_probs[row, :length], free_log_probs[row, :length], atol=1e-5)
+        assert (tokens[row, length:] == eos_id).all()
+        assert (log_probs[row, length:] == 0).all()
+    assert any((free[row] != eos_id).all() for row in range(3))
+
+
+PROBS = np.array([0.1, 0.4, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ('sampling', 'kept'),
+    [
+        (Sampling(), [0.1, 0.4, 0.2, 0.3]),
+        (Sampling(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(top_k=9), [0.1, 0.4, 0.2, 0.3]),
+        (Sampling(top_p=0.69), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(top_p=0.71), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (Sampling(top_p=0.01), [0, 1, 0, 0]),
+        (Sampling(top_k=3, top_p=0.75), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        (Sampling(temperature=0.5, top_p=0.6), [0, 16 / 25, 0, 9 / 25]),
+    ],
+)
+def test_filters_keep_the_hand_worked_distribution(sampling, kept):
+    filtered = filter_logits(jnp.log(jnp.asarray(PROBS, jnp.float32))[None], sampling)
+    np.testing.assert_allclose(jax.nn.softmax(filtered)[0], kept, atol=1e-6)
+
+
+def test_top_k_keeps_k_of_equal_logits():
+    filtered = filter_logits(jnp.zeros((1, 5)), Sampling(top_k=2))
+    np.testing.assert_array_equal(filtered[0], [0, 0, -np.inf, -np.inf, -np.inf])
+
+
+def test_draws_have_the_frequencies_of_the_distribution():
+    logits = jnp.tile(jnp.log(jnp.asarray(PROBS)), (20_000, 1))
+    tokens, _ = sample(logits, Sampling(top_k=3), KEY)
+    frequencies = np.bincount(tokens, minlength=4) / 20_000
+    np.testing.assert_allclose(frequencies, [0, 4 / 9, 2 / 9, 3 / 9], atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'prompts': PROMPTS.astype(float)}, 'prompts must be integer ids'),
+        ({'prompts': PROMPTS[:, :0]}, 'neither of them 0'),
+        ({'prompts': PROMPTS + 15}, r'ids in \[0, 20\).*from 15 to 24'),
+        ({'prompts': PROMPTS - 1}, r'ids in \[0, 20\)'),
+        ({'prompt_mask': MASK[:, ::-1]}, 'Pad on the left'),
+        ({'prompt_mask': MASK.astype(int)}, 'prompt_mask must be bool'),
+        ({'prompt_mask': MASK[:2]}, 'prompt_mask must be bool'),
+        ({'max_new_tokens': 0}, 'max_new_tokens must be a positive integer'),
+        ({'temperature': -1.0}, 'temperature must be'),
+        ({'top_k': -1}, 'top_k must be'),
+        ({'top_p': 0.0}, 'top_p must be'),
+        ({'top_p': 1.5}, 'top_p must be'),
+        ({'eos_id': 20}, 'eos_id must be'),
+        ({'params': 'params alone'}, 'selection biases'),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {'params': variables(), 'prompts': PROMPTS, 'prompt_mask': MASK, **change}
+    arguments = {'max_new_tokens': 2, 'key': KEY, **arguments}
+    if 'params' in change:
+        arguments['params'] = variables()['params']
+    with pytest.raises(InputError, match=message):
+        generate(MODEL, **arguments)
