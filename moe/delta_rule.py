@@ -21,8 +21,8 @@ def recurrent_delta_rule(
 ) -> tuple[Float[Array, 'B T H Dv'], Float[Array, 'B H Dk Dv']]:
     """Runs the recurrence a token at a time.
 
-    `S_t = (I - beta_t k_t k_t^T) Diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T`, and the output
-    is `S_t^T q_t`: the memory decays, then what it answers to `k_t` moves by `beta_t` towards `v_t`.
+    `S_t = (I - beta_t k_t k_t^T) Diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T`, read out as
+    `S_t^T q_t`: the memory decays, then its answer to `k_t` moves by the share `beta_t` to `v_t`.
 
     Args:
         queries: scaled by the caller.
@@ -36,7 +36,7 @@ def recurrent_delta_rule(
     Returns:
         The outputs in the dtype of `values`, and the state after the last token, float32 at least.
 
-    Source: arXiv 2510.26692, equation 1 (Kimi Delta Attention); with one decay a head, arXiv
+    Source: arXiv 2510.26692, section 3 (Kimi Delta Attention); with one decay a head, arXiv
         2412.06464, equation 10 (Gated DeltaNet).
     """
     inputs, state = _promote(queries, keys, values, log_decay, beta, state=state)
@@ -64,9 +64,8 @@ def chunked_delta_rule(
 ) -> tuple[Float[Array, 'B T H Dv'], Float[Array, 'B H Dk Dv']]:
     """Computes what `recurrent_delta_rule` does, with matrix products and `T / C` sequential steps.
 
-    Within a chunk let `G_t` be the log decay summed up to t, and `u_t` the value that token t writes
-    at `k_t`. With `A_tj = beta_t k_t^T Diag(exp(G_t - G_j)) k_j` for j < t, and `S` the state before
-    the chunk,
+    Within a chunk let `G_t` be the log decay summed up to t, `u_t` what token t writes at `k_t`, and
+    `S` the state before the chunk. With `A_tj = beta_t k_t^T Diag(exp(G_t - G_j)) k_j` for j < t,
 
         (I + A) U = Diag(beta) (V - (exp(G) * K) S)
         O = (exp(G) * Q) S + P U,    P_tj = q_t^T Diag(exp(G_t - G_j)) k_j for j <= t
@@ -89,7 +88,8 @@ def chunked_delta_rule(
     Raises:
         ValueError: where `chunk_size` is not a power of two.
 
-    Source: arXiv 2510.26692, equations 6 to 9 (the UT transform and the chunked form).
+    Source: arXiv 2510.26692, section 3, and arXiv 2412.06464, equations 6 to 9 (UT transform). The
+        papers divide by `exp(G_j)`, which overflows, and chunk a second time where it would.
     """
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f'chunk_size must be a power of two; received {chunk_size}.')
@@ -156,8 +156,8 @@ def decayed_products(
 
     The pairs j < t are covered by blocks that double in size: of 2 h adjacent tokens, the last h
     are rows and the first h are keys. A row decays by the sum from the middle to itself, a key by
-    the sum from itself to the middle. Both sums are of numbers that are zero or less, and neither is
-    a difference of longer sums: nothing overflows, no digits cancel, and -inf is as good as any.
+    the sum from itself to the middle. Both sums are of numbers that are zero or less, and neither
+    is a difference of longer sums: nothing overflows, no digits cancel, and -inf is as good as any.
 
     Args:
         rows: queries, keys, or a stack of both along leading axes.
@@ -204,8 +204,8 @@ def unit_lower_inverse(
 ) -> Float[Array, '*N C C']:
     """Inverts a matrix of ones on the diagonal and, below it, the blocks of `lower_triangle`.
 
-    `[[L, 0], [X, M]]^-1 = [[L^-1, 0], [-M^-1 X L^-1, M^-1]]`, from blocks of width one upwards: only
-    matrix products, and `log2 C` of them in a row, where substitution takes `C` steps.
+    `[[L, 0], [X, M]]^-1 = [[L^-1, 0], [-M^-1 X L^-1, M^-1]]`, from blocks of width one upwards:
+    matrix products alone, `log2 C` pairs of them in a row, where substitution takes `C` steps.
 
     Args:
         blocks: as in `lower_triangle`.
