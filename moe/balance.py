@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moe.config import ScoreFunction
-from moe.routing import router_scores
+from moe.routing import ScoreFunction, router_scores
 from moe.types import RouterOutput
 
 Scope = Literal['sequence', 'global']

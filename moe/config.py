@@ -6,33 +6,18 @@ key-value heads, head width, `E` experts, `K` experts per token, `C` slots per e
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-from moe.errors import InputError
+from moe.routing import RouterConfig
+from moe.validation import one_of as _one_of
+from moe.validation import positive as _positive
+from moe.validation import require
 
-ScoreFunction = Literal['softmax', 'sigmoid']
-Normalize = Literal['none', 'before', 'after']
 Dispatch = Literal['dense', 'capacity', 'grouped']
-Activation = Literal['silu', 'gelu']
+Activation = Literal['silu', 'gelu', 'clamped_swiglu']
 QKNorm = Literal['none', 'head', 'full']
 Remat = Literal['none', 'dots', 'full']
 DType = Literal['float32', 'bfloat16', 'float16']
-
-
-def require(condition: bool, where: str, required: str, received: object) -> None:
-    """Raises an `InputError` that names the field, the requirement and the value received."""
-    if not condition:
-        raise InputError(f'{where} must be {required}; received {received!r}.')
-
-
-def _one_of(where: str, value: object, literal: object) -> None:
-    choices = get_args(literal)
-    require(value in choices, where, f'one of {", ".join(map(repr, choices))}', value)
-
-
-def _positive(where: str, value: object) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    require(valid, where, 'a positive integer', value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,48 +54,6 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterConfig:
-    """Token-choice top-k routing, as data.
-
-    The router computes `s = score(x @ W)` in float32, chooses the `K` experts with the largest
-    `s + selection_bias`, and weighs them by `s`, never by the biased score.
-
-    Attributes:
-        num_experts: `E`.
-        experts_per_token: `K`, at most `E`.
-        score: 'softmax' over the experts, or an elementwise 'sigmoid'.
-        normalize: 'none' takes the scores as they are; 'before' divides each score by the sum over all
-            `E` experts before the choice (softmax scores are so already); 'after' divides the chosen
-            weights by their sum over the `K` chosen (`norm_topk_prob` elsewhere).
-        scale: multiplies the weights after any normalisation (`routed_scaling_factor` elsewhere).
-        eps: added to the sum that 'before' and 'after' divide by.
-        selection_bias: whether loss-free balancing keeps a bias per expert, in the `routing` variables.
-    """
-
-    num_experts: int
-    experts_per_token: int
-    score: ScoreFunction = 'softmax'
-    normalize: Normalize = 'after'
-    scale: float = 1.0
-    eps: float = 1e-20
-    selection_bias: bool = False
-
-    def __post_init__(self) -> None:
-        _positive('router.num_experts', self.num_experts)
-        _positive('router.experts_per_token', self.experts_per_token)
-        _one_of('router.score', self.score, ScoreFunction)
-        _one_of('router.normalize', self.normalize, Normalize)
-        require(
-            self.experts_per_token <= self.num_experts,
-            'router.experts_per_token',
-            f'at most num_experts={self.num_experts}',
-            self.experts_per_token,
-        )
-        require(self.scale > 0, 'router.scale', 'positive', self.scale)
-        require(self.eps >= 0, 'router.eps', 'zero or more', self.eps)
-
-
-@dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """Routed experts, an optional shared one, and which layers have them.
 
@@ -118,10 +61,12 @@ class MoEConfig:
         router: how tokens choose experts.
         expert_dim: `F` of one routed expert.
         shared_dim: hidden width of the shared expert that every token passes, ungated; 0 for none.
-        dispatch: 'dense' (every expert on every token: the oracle), 'capacity' (at most `C` tokens of a
-            sequence an expert, the rest dropped and counted) or 'grouped' (dropless).
-        capacity_factor: `C = ceil(T * K / E * capacity_factor)` slots per expert and sequence; used by
-            'capacity' alone.
+        dispatch: 'dense' (every expert on every token: the oracle), 'capacity' (at most `C` tokens
+            of a sequence an expert, the rest dropped and counted) or 'grouped' (dropless). Soft
+            routing has slots of its own and reads neither this nor the next field.
+        capacity_factor: `C = ceil(T * K / E * capacity_factor)` slots per expert and sequence; used
+            by 'capacity' alone.
+        bias: whether each routed expert adds a bias after its gate, up and down projections.
         first_dense_layers: layers below this index keep a dense MLP.
         layer_step: of the rest, layer i has experts where (i + 1) % layer_step == 0.
         layers: the MoE layers by index; overrides the two fields above.
@@ -132,6 +77,7 @@ class MoEConfig:
     shared_dim: int = 0
     dispatch: Dispatch = 'grouped'
     capacity_factor: float = 1.25
+    bias: bool = False
     first_dense_layers: int = 0
     layer_step: int = 1
     layers: tuple[int, ...] | None = None
@@ -167,7 +113,8 @@ class TransformerConfig:
         mlp_dim: `F` of the dense layers' gated MLP.
         attention: the attention of every layer.
         moe: the experts; None for a dense model.
-        activation: of the gate: 'silu' or 'gelu' (tanh approximation).
+        activation: of the gate: 'silu', 'gelu' (tanh approximation) or 'clamped_swiglu'; see
+            `moe.layers.gated_activation`.
         norm_eps: added to the mean square in every RMSNorm.
         tie_embeddings: whether the output head is the transposed embedding.
         scan_layers: stack layers of one kind and scan over them, so compile time does not grow with `L`.

@@ -12,6 +12,10 @@ from jaxtyping import Array, Float, Int
 from moe.config import Activation, DType
 from moe.sharding import constrain
 
+# Of 'clamped_swiglu'.
+SWIGLU_LIMIT = 7.0
+SWIGLU_SLOPE = 1.702
+
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     'silu': jax.nn.silu,
     'gelu': lambda x: jax.nn.gelu(x, approximate=True),
@@ -21,6 +25,25 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 def activation_fn(name: Activation) -> Callable[[Array], Array]:
     """Returns the elementwise function of a gate: 'silu', or 'gelu' in its tanh approximation."""
     return ACTIVATIONS[name]
+
+
+def gated_activation(name: Activation) -> Callable[[Array, Array], Array]:
+    """Returns the elementwise function `(gate, up) -> hidden` of a gated MLP.
+
+    'silu' and 'gelu' are `act(gate) * up`. 'clamped_swiglu' is, with `g = min(gate, 7)` and
+    `u = clip(up, -7, 7)`, `(u + 1) * g * sigmoid(1.702 g)`.
+
+    Source: arXiv 2002.05202, equation 6; 'clamped_swiglu' is that of GPT-OSS (arXiv 2508.10925).
+    """
+    if name == 'clamped_swiglu':
+        return _clamped_swiglu
+    return lambda gate, up: activation_fn(name)(gate) * up
+
+
+def _clamped_swiglu(gate: Array, up: Array) -> Array:
+    gate = jnp.minimum(gate, SWIGLU_LIMIT)
+    up = jnp.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return (up + 1) * gate * jax.nn.sigmoid(SWIGLU_SLOPE * gate)
 
 
 def kernel_init(
@@ -177,6 +200,6 @@ class GatedMLP(nn.Module):
         x = x.astype(self.dtype)
         # Two products: the halves of a joint one are not contiguous, and reading them is slower.
         gate, up = linear(x, gate_up[:, 0]), linear(x, gate_up[:, 1])
-        hidden = activation_fn(self.activation)(gate) * up
+        hidden = gated_activation(self.activation)(gate, up)
         hidden = constrain(hidden, ('batch', 'length', 'mlp'), self.mesh)
         return linear(hidden, down)
