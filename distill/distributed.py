@@ -93,11 +93,40 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def data_share(sharding: NamedSharding) -> tuple[int, int]:
+    """Says which part of every global batch this process reads.
+
+    Processes whose devices hold the same rows, because the mesh axes between them split something
+    else than the batch, read the same part.
+
+    Args:
+        sharding: of the batch, as `moe.sharding.batch_sharding` makes it.
+
+    Returns:
+        `(index, count)`: the `index`-th of `count` equal parts, in the order of the rows.
+
+    Raises:
+        InputError: where the rows that this process holds are no such part.
+    """
+    rows = sharding.mesh.size
+    indices = sharding.addressable_devices_indices_map((rows,))
+    held = sorted({row for (rows_of_one,) in indices.values() for row in range(rows)[rows_of_one]})
+    size = len(held)
+    if rows % size or held[0] % size or held[-1] - held[0] != size - 1:
+        raise InputError(
+            f'The devices of one process must hold one of equal, contiguous parts of the batch; '
+            f'those of process {jax.process_index()} hold {size} of {rows} rows, {held}. Choose '
+            'mesh axes whose sizes divide, or are divided by, the devices of a process.'
+        )
+    return held[0] // size, rows // size
+
+
 def global_batch(local_batch: Any, sharding: NamedSharding) -> Any:
     """Makes global arrays of the rows that each process holds.
 
     Args:
-        local_batch: a pytree of NumPy arrays [rows, ...], this process's rows, as many on each.
+        local_batch: a pytree of NumPy arrays [rows, ...]: the part of the batch that `data_share`
+            gives this process.
         sharding: of the global arrays, as `moe.sharding.batch_sharding` makes it.
 
     Returns:
@@ -106,6 +135,7 @@ def global_batch(local_batch: Any, sharding: NamedSharding) -> Any:
     Raises:
         InputError: where this process's devices cannot split its rows evenly.
     """
+    _, count = data_share(sharding)
 
     def place(local: np.ndarray) -> jax.Array:
         shards = _local_shards(sharding, local.ndim)
@@ -114,7 +144,8 @@ def global_batch(local_batch: Any, sharding: NamedSharding) -> Any:
                 f'A process has {local.shape[0]} rows of the batch for {shards} shards of its own; '
                 f'make the global batch a multiple of the mesh axes that split it.'
             )
-        return jax.make_array_from_process_local_data(sharding, local)
+        shape = (local.shape[0] * count, *local.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
 
     return jax.tree.map(place, local_batch)
 

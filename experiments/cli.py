@@ -1,6 +1,7 @@
 """What every launcher shares: a user's mistake is one screen of text and a non-zero exit status."""
 
 import errno
+import functools
 import sys
 import sysconfig
 import traceback
@@ -15,21 +16,29 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
     """Parses the flags, runs `main`, and exits.
+
+    Args:
+        main: does the work; it is given the command where there are any.
+        commands: one of them must stand in the command line, without dashes; where there are none,
+            nothing may.
 
     Exit status: 0 when done, or asked to stop and saved; 1 for a failure that is nobody's typo (no
     space, a diverged run); 2 for input that must be changed. Anything else is a bug and keeps its
     traceback.
     """
-    app.run(lambda _: _guarded(main), flags_parser=_parse)
+    app.run(
+        lambda argv: _guarded(functools.partial(main, *argv[1:])),
+        flags_parser=functools.partial(_parse, commands),
+    )
 
 
 def _guarded(main: Callable[[], None]) -> int:
     try:
         main()
     except Stopped as stopped:
-        _say(f'Stopped as asked, saved at step {stopped.step}. The same command goes on from it.')
+        _say(f'Stopped as asked, {stopped}. The same command goes on from there.')
     except DivergedError as error:
         _say(f'Error: {error}')
         return 1
@@ -59,7 +68,7 @@ def _system_text(error: OSError) -> str:
     )
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(commands: Sequence[str], argv: Sequence[str]) -> list[str]:
     """Parses flags; a config file or an override that fails is a message, not a traceback."""
     try:
         rest = flags.FLAGS(argv)
@@ -69,10 +78,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except Exception as error:
         _say(_flag_text(error))
         sys.exit(2)
-    if len(rest) > 1:
+    if commands and (len(rest) == 1 or rest[1] not in commands):
+        received = repr(rest[1]) if len(rest) > 1 else 'none'
         _say(
-            f'Error in the command line: {rest[1]!r} is no flag. Flags are --name=value; lists have '
-            'commas and no spaces; quote what the shell would split. See --help.'
+            f'Error in the command line: name one of {", ".join(commands)}; received {received}. '
+            'See --help.'
+        )
+        sys.exit(2)
+    surplus = rest[2:] if commands else rest[1:]
+    if surplus:
+        _say(
+            f'Error in the command line: {surplus[0]!r} is no flag. Flags are --name=value; lists '
+            'have commas and no spaces; quote what the shell would split. See --help.'
         )
         sys.exit(2)
     return rest
@@ -103,7 +120,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _is_users(filename: str) -> bool:
     """Whether code is neither a library's nor this module's."""
-    libraries = [sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')]
+    names = ('stdlib', 'platstdlib', 'purelib', 'platlib')
+    libraries = [sysconfig.get_path(name) for name in names]
     return not filename.startswith(('<', __file__, *libraries))
 
 

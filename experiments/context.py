@@ -9,7 +9,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
 import ml_collections
 
 from distill import distributed
@@ -17,11 +16,12 @@ from distill.corpus import TokenCorpus, load_or_tokenize
 from distill.data import DataConfig, EvaluationSet, TrainPipeline, evaluation_rows
 from distill.sources import Document, read_documents, split_documents
 from distill.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_or_load
+from experiments.fit import require_fit
 from experiments.signals import StopSignal
 from experiments.study import StudyConfig, build_study
 from experiments.workdir import Workdir
 from moe.config import TransformerConfig
-from moe.sharding import make_mesh
+from moe.sharding import batch_sharding, make_mesh
 from moe.transformer import Transformer
 
 T = TypeVar('T')
@@ -42,6 +42,7 @@ class Context:
     ) -> None:
         self.study: StudyConfig = build_study(config)
         self.mesh = make_mesh(self.study.mesh)
+        require_fit(self.study, self.mesh)
         self.workdir = Workdir(workdir, config, writer=distributed.is_writer())
         self.values: dict[str, Any] = config.to_dict()
         self.command = command
@@ -89,11 +90,12 @@ class Context:
     def pipeline(self) -> TrainPipeline:
         """A fresh stream of training batches, alike for every model of the study."""
         data = self.study.data
+        index, count = distributed.data_share(batch_sharding(self.mesh))
         return TrainPipeline(
             self.corpus,
             DataConfig(data.seq_len, data.batch_size, self.study.seed),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
         )
 
     def identity(self, config: TransformerConfig) -> dict[str, Any]:

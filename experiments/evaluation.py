@@ -3,9 +3,8 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from moe.decode import generate
+from jax.experimental import multihost_utils
 
 from distill.cost import (
     chip_price,
@@ -15,7 +14,10 @@ from distill.cost import (
 )
 from distill.evaluate import Evaluation, compare, evaluate, expert_statistics, summarize
 from experiments.context import Context
+from experiments.fit import batch_shards
 from moe.accounting import bytes_per_token, flops_per_token, parameter_report
+from moe.decode import generate
+from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
 Models = dict[str, tuple[Transformer, Any]]
@@ -67,8 +69,7 @@ def _cost(context: Context, model: Transformer, variables: Any) -> dict[str, Any
     """Counts and measures what a token costs."""
     config, length = context.study.evaluate, context.study.evaluate.context_length
     parameters = parameter_report(model.config)
-    tokens = jnp.asarray(_prefill_tokens(context))
-    speed = measure_prefill(model, variables, tokens)
+    speed = measure_prefill(model, variables, _prefill_tokens(context))
     return {
         'parameters': {'total': parameters.total, 'active': parameters.active},
         'flops_per_token': flops_per_token(model.config, context_length=length).total,
@@ -80,18 +81,22 @@ def _cost(context: Context, model: Transformer, variables: Any) -> dict[str, Any
     }
 
 
-def _prefill_tokens(context: Context) -> np.ndarray:
-    """Fills a batch with held-out text, end to end."""
+def _prefill_tokens(context: Context) -> jax.Array:
+    """Fills a batch with held-out text, end to end, and puts each row where the mesh has it."""
     config, length = context.study.evaluate, context.study.evaluate.context_length
     rows = context.held_out.rows
     text = rows['tokens'][rows['mask']]
-    return np.resize(text, (config.prefill_batch, length)).astype(np.int32)
+    tokens = np.resize(text, (config.prefill_batch, length)).astype(np.int32)
+    sharding = batch_sharding(context.mesh)
+    return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
 
 
 def _samples(context: Context, model: Transformer, variables: Any) -> list[dict[str, str]]:
     """Lets a model continue each prompt."""
     config, tokenizer = context.study.evaluate, context.tokenizer
     prompts = [np.array([tokenizer.bos_id, *tokenizer.encode(text)]) for text in config.prompts]
+    # Every device writes a row: where the mesh has more parts than there are prompts, they repeat.
+    prompts += prompts[:1] * (-len(prompts) % batch_shards(context.mesh))
     length = max(map(len, prompts))
     tokens = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
@@ -108,9 +113,10 @@ def _samples(context: Context, model: Transformer, variables: Any) -> list[dict[
         key=jax.random.key(context.study.seed),
         eos_id=tokenizer.eos_id,
     )
+    rows = multihost_utils.process_allgather(written, tiled=True)
     return [
         {'prompt': prompt, 'text': tokenizer.decode(_until(row, tokenizer.eos_id))}
-        for prompt, row in zip(config.prompts, np.asarray(written), strict=True)
+        for prompt, row in zip(config.prompts, rows, strict=False)
     ]
 
 

@@ -16,7 +16,7 @@ from distill import distributed
 from experiments import cli
 from experiments.context import Context
 from experiments.signals import StopSignal
-from experiments.stages import STAGES, run_stages
+from experiments.stages import STAGES, require_stages, run_stages
 from moe.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -36,9 +36,9 @@ def main() -> None:
     for flag in (CONFIG, WORKDIR):
         if not flag.value:
             raise InputError(
-                f'--{flag.name} is required: {flags.FLAGS[flag.name].help} Give --{flag.name}=PATH; '
-                'see --help.'
+                f'--{flag.name}=PATH is required. {flags.FLAGS[flag.name].help} See --help.'
             )
+    require_stages(tuple(STAGE_NAMES.value))
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(
         coordinator_address=COORDINATOR.value,

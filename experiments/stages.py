@@ -9,7 +9,9 @@ from typing import Any
 import jax
 from absl import logging
 
+from distill import distributed
 from distill.config import BalanceConfig, TrainConfig
+from distill.loop import Stopped
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, make_optimizer
 from distill.step import Recipe
@@ -33,21 +35,33 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
     Raises:
         InputError: for a name that is no stage, or a stage whose input is not there.
     """
-    unknown = [name for name in names if name not in STAGES]
-    if unknown:
-        raise InputError(
-            f'--stages has no {", ".join(map(repr, unknown))}; choose from {", ".join(STAGES)}.'
-        )
+    require_stages(names)
     for name, stage in STAGES.items():
         if name not in names:
             continue
-        if context.workdir.result(name) is not None:
+        complete = context.workdir.result(name) is not None
+        # Nobody may see what this stage writes before everybody has seen what was there.
+        distributed.barrier(f'{name}: decided')
+        if complete:
             logging.info('Stage %s is complete: skipped.', name)
             continue
+        if context.stop.agreed(0):
+            raise Stopped(f'before stage {name!r}')
         start = time.perf_counter()
         result = stage(context)
         seconds = round(time.perf_counter() - start, 3)
         context.workdir.complete(name, {'seconds': seconds} | result)
+        distributed.barrier(f'{name}: complete')
+
+
+def require_stages(names: tuple[str, ...]) -> None:
+    """Refuses names that are no stages."""
+    unknown = [name for name in names if name not in STAGES]
+    if unknown or not names:
+        raise InputError(
+            f'--stages must name some of {",".join(STAGES)}, with commas and no spaces; received '
+            f'{",".join(names)!r}.'
+        )
 
 
 def teacher(context: Context) -> dict[str, Any]:
@@ -156,6 +170,8 @@ def _train(
     context: Context, stage: str, recipe: Recipe, *, key: int, teacher: Any = None
 ) -> dict[str, Any]:
     data = context.study.data
+    # Bad text is found out before the folder becomes this study's.
+    pipeline = context.pipeline()
     run = Run(
         stage=stage,
         folder=context.workdir.stage(stage),
@@ -166,7 +182,7 @@ def _train(
         identity=context.identity(recipe.model.config),
         tokens_per_step=data.batch_size * data.seq_len,
     )
-    return train_model(run, context.pipeline(), context.stop)
+    return train_model(run, pipeline, context.stop)
 
 
 def _load(context: Context, stage: str, model: Transformer, folder: str | None = None) -> Any:

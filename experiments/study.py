@@ -138,6 +138,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ('batch_size', 'context_length', 'prefill_batch', 'sample_tokens'):
             require(getattr(self, name) > 0, f'evaluate.{name}', 'positive', getattr(self, name))
+        require(bool(self.prompts), 'evaluate.prompts', 'at least one text', self.prompts)
         require(self.temperature >= 0, 'evaluate.temperature', 'zero or more', self.temperature)
         chip_price(self.chip)
 

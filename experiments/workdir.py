@@ -18,8 +18,11 @@ _FREE_KEYS = ('mesh.', 'train.log_every', 'train.checkpoint_every', 'train.keep_
 class Workdir:
     """A folder with one `config.json` and a subfolder for each stage.
 
+    The folder becomes this study's when its first stage starts to write: a config that failed
+    before may still be mended.
+
     Args:
-        path: made absolute; created where it is missing.
+        path: made absolute; created when it is first written to.
         config: the study's config. A folder that holds another study is refused.
         writer: whether this process writes files (one process of a run does).
 
@@ -40,17 +43,17 @@ class Workdir:
             raise InputError(
                 f'--workdir must be a folder; {self.path} is a file. Choose another path.'
             )
-        file = self.path / 'config.json'
-        values = json.loads(config.to_json_best_effort())
-        if file.exists():
-            _refuse_other_config(file, values)
-        elif writer:
-            write_json(file, values)
+        self._values = json.loads(config.to_json_best_effort())
+        self._file = self.path / 'config.json'
+        if self._file.exists():
+            _refuse_other_config(self._file, self._values)
 
     def stage(self, name: str) -> pathlib.Path:
-        """The folder of a stage, created."""
+        """The folder of a stage, created in what is this study's folder from now on."""
         folder = self.path / name
         folder.mkdir(parents=True, exist_ok=True)
+        if self._writer and not self._file.exists():
+            write_json(self._file, self._values)
         return folder
 
     def result(self, name: str) -> dict[str, Any] | None:

@@ -21,15 +21,22 @@ def test_names_the_stage_that_is_missing(tmp_path):
 
 
 def test_refuses_the_folder_of_another_config(tmp_path):
-    Workdir(tmp_path, get_config())
+    Workdir(tmp_path, get_config()).stage('teacher')
     other = get_config()
     other.student.model.num_layers = 7
     with pytest.raises(InputError, match=r'student.model.num_layers: 4 there, 7 now'):
         Workdir(tmp_path, other)
 
 
-def test_a_study_may_move_to_another_mesh(tmp_path):
+def test_a_config_that_wrote_nothing_may_be_mended(tmp_path):
     Workdir(tmp_path, get_config())
+    mended = get_config()
+    mended.data.source = 'elsewhere/*.txt'
+    Workdir(tmp_path, mended)
+
+
+def test_a_study_may_move_to_another_mesh(tmp_path):
+    Workdir(tmp_path, get_config()).stage('teacher')
     moved = get_config()
     moved.mesh.fsdp = 4
     moved.student.train.checkpoint_every = 7

@@ -1,0 +1,44 @@
+"""Whether a study fits its mesh, found out before anything is read, made or trained."""
+
+import math
+
+from jax.sharding import Mesh
+
+from experiments.study import StudyConfig
+from moe.errors import InputError
+from moe.sharding import batch_sharding, variable_shardings
+from moe.transformer import Transformer
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Counts the parts that the mesh splits the rows of a batch into."""
+    return math.prod(mesh.shape[axis] for axis in batch_sharding(mesh).spec[0])
+
+
+def require_fit(study: StudyConfig, mesh: Mesh) -> None:
+    """Refuses batches and models that the mesh does not divide.
+
+    Raises:
+        InputError: names the key, or the parameter.
+    """
+    shards = batch_shards(mesh)
+    size = study.data.batch_size
+    micro_batches = {
+        f'config.data.batch_size / {who}.train.micro_batches': size // train.micro_batches
+        for who, train in (('teacher', study.teacher.train), ('student', study.student.train))
+    }
+    rows = micro_batches | {
+        'config.evaluate.batch_size': study.evaluate.batch_size,
+        'config.evaluate.prefill_batch': study.evaluate.prefill_batch,
+    }
+    for key, received in rows.items():
+        if received % shards:
+            raise InputError(
+                f'{key} must be a multiple of {shards}, the parts that the mesh axes data, fsdp '
+                f'and expert split its rows into; received {received}. Change it, or the mesh.'
+            )
+    for who, config in (('teacher', study.teacher.model), ('student', study.student.model)):
+        try:
+            variable_shardings(Transformer(config), mesh)
+        except InputError as error:
+            raise InputError(f'config.{who}.model does not fit the mesh. {error}') from error
