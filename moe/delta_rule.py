@@ -48,7 +48,7 @@ def recurrent_delta_rule(
         state = state + jnp.einsum('bhk,bhv->bhkv', k, b[..., None] * error)
         return state, jnp.einsum('bhkv,bhk->bhv', state, q)
 
-    state, outputs = jax.lax.scan(step, state, [jnp.moveaxis(x, 1, 0) for x in inputs])
+    state, outputs = jax.lax.scan(step, state, tuple(jnp.moveaxis(x, 1, 0) for x in inputs))
     return jnp.moveaxis(outputs, 0, 1).astype(values.dtype), state
 
 
@@ -64,8 +64,8 @@ def chunked_delta_rule(
 ) -> tuple[Float[Array, 'B T H Dv'], Float[Array, 'B H Dk Dv']]:
     """Computes what `recurrent_delta_rule` does, with matrix products and `T / C` sequential steps.
 
-    Within a chunk let `G_t` be the log decay summed up to t, `u_t` what token t writes at `k_t`, and
-    `S` the state before the chunk. With `A_tj = beta_t k_t^T Diag(exp(G_t - G_j)) k_j` for j < t,
+    Within a chunk let `G_t` be the log decay summed up to t, `u_t` what token t writes at `k_t`,
+    and `S` the state before it. With `A_tj = beta_t k_t^T Diag(exp(G_t - G_j)) k_j` for j < t,
 
         (I + A) U = Diag(beta) (V - (exp(G) * K) S)
         O = (exp(G) * Q) S + P U,    P_tj = q_t^T Diag(exp(G_t - G_j)) k_j for j <= t
@@ -89,7 +89,7 @@ def chunked_delta_rule(
         ValueError: where `chunk_size` is not a power of two.
 
     Source: arXiv 2510.26692, section 3, and arXiv 2412.06464, equations 6 to 9 (UT transform). The
-        papers divide by `exp(G_j)`, which overflows, and chunk a second time where it would.
+        first divides keys by `exp(G_j)`, and needs chunks within chunks to keep that in range.
     """
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f'chunk_size must be a power of two; received {chunk_size}.')
