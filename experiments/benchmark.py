@@ -1,30 +1,38 @@
-"""Ratios against a reference measured in the same run: `python -m experiments.benchmark moe`.
+"""Ratios against a reference measured in the same run.
 
-Figures are printed, and written with `--json=PATH` as rows of name, value, unit, reference, ratio
-and conditions. A ratio is the share of the reference's rate: 1.0 is as fast.
+    python -m experiments.benchmark moe     a MoE layer beside a dense MLP of equal active FLOPs
+    python -m experiments.benchmark loss    the fused head and KL beside its bare matrix products
+
+Figures are printed, and written with --json=PATH as rows of name, value, unit, reference, ratio and
+conditions. The ratio is the share of the reference's rate, 1.0 is as fast; of memory, the share of
+the reference's bytes.
 """
 
 import json
 import pathlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
+from experiments import cli
+from experiments.benchmark_loss import ROWS, loss_rows
 from experiments.timing import interleaved_medians
 from moe.config import Dispatch, MoEConfig, RouterConfig
+from moe.errors import InputError
 from moe.experts import MoELayer
 from moe.layers import GatedMLP
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures as JSON rows.')
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed rounds; the median counts.', lower_bound=1)
 _TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens a step.', lower_bound=1)
-_WIDTH = flags.DEFINE_integer('width', 512, 'D, the width of the model.', lower_bound=1)
+_WIDTH = flags.DEFINE_integer('width', 512, 'moe: D, the width of the model.', lower_bound=1)
 _EXPERTS = flags.DEFINE_list('experts', ['8', '64'], 'moe: the numbers of experts E.')
+_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'loss: V.', lower_bound=1)
 
 # (K, F): few coarse experts a token, few fine ones, many fine ones.
 EXPERT_SHAPES = ((2, 256), (2, 1024), (8, 256))
@@ -34,35 +42,49 @@ ORACLE_BYTES = 2**30
 Row = dict[str, Any]
 
 
-def moe_rows() -> Iterator[Row]:
+def moe_rows(
+    *,
+    experts: Sequence[int] = (8, 64),
+    shapes: Sequence[tuple[int, int]] = EXPERT_SHAPES,
+    tokens: int = 4096,
+    width: int = 512,
+    repeats: int = 7,
+) -> Iterator[Row]:
     """Measures each dispatch of a MoE layer, forward and backward, beside a dense gated MLP.
 
     The MLP's hidden width is `K * F`: the FLOPs of a token's active experts. Router, sorting and
     all are in the layer's time; gradients are those of the input and of every parameter.
 
+    Args:
+        experts: the numbers of experts, `E`.
+        shapes: pairs of `K` and `F`; those whose `K` is not below `E` are passed over.
+        tokens: in one sequence.
+        width: `D`.
+        repeats: timed rounds; the median counts.
+
     Yields:
         A row for each dispatch and shape: value and reference in milliseconds.
     """
-    for experts in map(int, _EXPERTS.value):
-        for k, hidden in EXPERT_SHAPES:
-            if k < experts:
-                yield from _moe_shape_rows(experts, k, hidden)
+    for number in experts:
+        for k, hidden in shapes:
+            if k < number:
+                x = jax.random.normal(jax.random.key(0), (1, tokens, width))
+                yield from _moe_shape_rows(RouterConfig(number, k), hidden, x, repeats)
 
 
-def _moe_shape_rows(experts: int, k: int, hidden: int) -> Iterator[Row]:
-    tokens, width = _TOKENS.value, _WIDTH.value
+def _moe_shape_rows(router: RouterConfig, hidden: int, x: jax.Array, repeats: int) -> Iterator[Row]:
+    _, tokens, width = x.shape
+    experts, k = router.num_experts, router.experts_per_token
     methods = list(get_args(Dispatch))
     if tokens * experts * 2 * hidden * 4 > ORACLE_BYTES:
         methods.remove('dense')
-    x = jax.random.normal(jax.random.key(0), (1, tokens, width))
     mask = jnp.ones((1, tokens), bool)
-    router = RouterConfig(experts, k)
     layers: dict[str, nn.Module] = {
         method: MoELayer(MoEConfig(router, hidden, dispatch=method), 'silu') for method in methods
     }
     functions = {name: _training_step(layer, x, mask) for name, layer in layers.items()}
     functions['mlp'] = _training_step(GatedMLP(k * hidden, 'silu'), x)
-    seconds = interleaved_medians(functions, repeats=_REPEATS.value)
+    seconds = interleaved_medians(functions, repeats=repeats)
     for method in methods:
         yield {
             'name': f'moe/{method}/E{experts}_K{k}_F{hidden}',
@@ -96,19 +118,38 @@ def _conditions(what: str) -> str:
     return f'{what}; {device}, {platform.machine()}, jax {jax.__version__}'
 
 
-COMMANDS: dict[str, Callable[[], Iterator[Row]]] = {'moe': moe_rows}
+def _moe() -> Iterator[Row]:
+    least = min(k for k, _ in EXPERT_SHAPES) + 1
+    if not all(text.isdecimal() and int(text) >= least for text in _EXPERTS.value):
+        raise InputError(
+            f'--experts must be whole numbers of at least {least}, with commas and no spaces; '
+            f'received {",".join(_EXPERTS.value)!r}.'
+        )
+    return moe_rows(
+        experts=[int(text) for text in _EXPERTS.value],
+        tokens=_TOKENS.value,
+        width=_WIDTH.value,
+        repeats=_REPEATS.value,
+    )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the benchmark named on the command line, prints its figures and writes them if asked."""
-    if len(argv) != 2 or argv[1] not in COMMANDS:
-        raise app.UsageError(f'Name one benchmark: {", ".join(COMMANDS)}. Received {argv[1:]}.')
-    rows = []
-    print(f'{"figure":32} {"value":>10} {"reference":>10} {"unit":>5} {"ratio":>6}')
-    for row in COMMANDS[argv[1]]():
+def _loss() -> list[Row]:
+    if _TOKENS.value % ROWS:
+        raise InputError(f'--tokens must be a multiple of {ROWS}; received {_TOKENS.value}.')
+    return loss_rows(tokens=_TOKENS.value, vocab_size=_VOCAB_SIZE.value, repeats=_REPEATS.value)
+
+
+COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {'moe': _moe, 'loss': _loss}
+
+
+def main(command: str) -> None:
+    """Runs one benchmark, prints its figures and writes them if asked."""
+    measured, rows = COMMANDS[command](), []
+    print(f'{"figure":32} {"value":>10} {"reference":>10} {"unit":>7} {"ratio":>6}')
+    for row in measured:
         rows.append(row)
         print(
-            f'{row["name"]:32} {row["value"]:10.2f} {row["reference"]:10.2f} {row["unit"]:>5} '
+            f'{row["name"]:32} {row["value"]:10.2f} {row["reference"]:10.2f} {row["unit"]:>7} '
             f'{row["ratio"]:6.2f}',
             flush=True,
         )
@@ -119,4 +160,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main, commands=tuple(COMMANDS))
