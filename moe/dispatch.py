@@ -2,15 +2,18 @@
 
     y[n] = sum_k weights[n, k] * expert[ids[n, k]](x[n])
 
+where an id of `E` stands for no expert.
+
 'dense' computes every expert on every token: the oracle. 'capacity' gives each expert `C` slots in
 each sequence and drops what finds none. 'grouped' sorts assignments by expert and drops nothing.
 
 An assignment is one (token, choice) pair; `n * K + k` is its number. A `Plan` lays assignments out
-as rows.
+as rows. A down projection's bias counts times the assignment's weight, like all the expert returns.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -19,7 +22,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import Activation, Dispatch
 from moe.grouped_matmul import grouped_matmul
-from moe.layers import activation_fn
+from moe.layers import gated_activation
+
+
+class ExpertBiases(NamedTuple):
+    """What every expert adds after its projections.
+
+    Attributes:
+        gate_up: after the gate (index 0) and up projections.
+        down: after the down projection.
+    """
+
+    gate_up: Float[Array, 'E 2 F']
+    down: Float[Array, 'E D']
 
 
 @flax.struct.dataclass
@@ -138,6 +153,7 @@ def grouped_mlp(
     down: Float[Array, 'E F D'],
     group_sizes: Int[Array, 'E'],
     activation: Activation,
+    biases: ExpertBiases | None = None,
 ) -> Float[Array, 'M D']:
     """Computes each row's expert, times the row's weight.
 
@@ -151,13 +167,23 @@ def grouped_mlp(
         down: down projections.
         group_sizes: rows of each expert.
         activation: of the gate.
+        biases: of the projections; None for none.
 
     Returns:
         Weighted expert outputs; zero for rows past the last group.
     """
     num_experts, dim = gate_up.shape[:2]
     both = grouped_matmul(rows, gate_up.reshape(num_experts, dim, -1), group_sizes)
-    return grouped_matmul(weighted_hidden(both, weights, activation), down, group_sizes)
+    if biases is None:
+        return grouped_matmul(weighted_hidden(both, weights, activation), down, group_sizes)
+    # A grouped product with one column: its transpose sums each group, where that of a gather of
+    # the groups' biases would be a scatter-add.
+    column = weights.astype(rows.dtype)
+    both += grouped_matmul(
+        jnp.ones_like(column), biases.gate_up.reshape(num_experts, 1, -1), group_sizes
+    )
+    out = grouped_matmul(weighted_hidden(both, weights, activation), down, group_sizes)
+    return out + grouped_matmul(column, biases.down[:, None], group_sizes)
 
 
 def slotted_mlp(
@@ -166,10 +192,15 @@ def slotted_mlp(
     gate_up: Float[Array, 'E D 2 F'],
     down: Float[Array, 'E F D'],
     activation: Activation,
+    biases: ExpertBiases | None = None,
 ) -> Float[Array, 'E S D']:
     """Computes every expert on its own `S` slots, times each slot's weight; as `grouped_mlp`."""
     both = jnp.einsum('esd,edf->esf', rows, gate_up.reshape(*gate_up.shape[:2], -1))
-    return jnp.einsum('esf,efd->esd', weighted_hidden(both, weights, activation), down)
+    if biases is None:
+        return jnp.einsum('esf,efd->esd', weighted_hidden(both, weights, activation), down)
+    both += biases.gate_up.reshape(both.shape[0], 1, -1)
+    out = jnp.einsum('esf,efd->esd', weighted_hidden(both, weights, activation), down)
+    return out + weights.astype(out.dtype) * biases.down[:, None]
 
 
 def weighted_hidden(
@@ -177,7 +208,7 @@ def weighted_hidden(
 ) -> Float[Array, '...']:
     """Returns `weights * act(gate) * up`, multiplied in float32, in the dtype of `both`."""
     gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
-    return (weights * activation_fn(activation)(gate) * up).astype(both.dtype)
+    return (weights * gated_activation(activation)(gate, up)).astype(both.dtype)
 
 
 def _dense(
@@ -188,15 +219,21 @@ def _dense(
     gate_up: Array,
     down: Array,
     activation: Activation,
+    biases: ExpertBiases | None,
 ) -> Array:
     chosen = ids[..., None] == jnp.arange(gate_up.shape[0])
     per_expert = jnp.where(chosen, weights[..., None], 0.0).sum(axis=2)
     per_expert = jnp.where(mask[..., None], per_expert, 0.0)
     x = jnp.where(mask[..., None], x, 0)
     both = jnp.einsum('btd,edgf->btegf', x, gate_up)
+    if biases is not None:
+        both += biases.gate_up
     both = both.reshape(*both.shape[:3], -1)
     hidden = weighted_hidden(both, per_expert[..., None], activation)
-    return jnp.einsum('btef,efd->btd', hidden, down)
+    y = jnp.einsum('btef,efd->btd', hidden, down)
+    if biases is not None:
+        y += jnp.einsum('bte,ed->btd', per_expert.astype(y.dtype), biases.down)
+    return y
 
 
 def dispatch(
@@ -210,12 +247,13 @@ def dispatch(
     method: Dispatch,
     activation: Activation,
     capacity_factor: float = 1.25,
+    biases: ExpertBiases | None = None,
 ) -> tuple[Float[Array, 'B T D'], Float[Array, '']]:
     """Sends each unmasked token through its experts and sums their weighted outputs.
 
     Args:
         x: tokens, in the dtype of the products.
-        ids: chosen experts, distinct for each token.
+        ids: chosen experts, distinct for each token; `E` for none.
         weights: of the chosen experts, float32; differentiable.
         mask: False uses no slot and costs no product; its output and every gradient are zero.
         gate_up: gate (index 0) and up projections of every expert.
@@ -225,6 +263,7 @@ def dispatch(
         capacity_factor: `C = ceil(T * K / E * capacity_factor)`, at most `T`, slots for each expert
             and sequence; used by 'capacity' alone. Earlier positions come first, then better
             choices.
+        biases: of the experts' projections; None for none.
 
     Returns:
         `(y, dropped)`: the outputs, in the dtype of `x`, and how many unmasked assignments found no
@@ -233,17 +272,17 @@ def dispatch(
     num_experts = gate_up.shape[0]
     tokens, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
     if method == 'dense':
-        y = _dense(x, ids, weights, mask, gate_up, down, activation)
+        y = _dense(x, ids, weights, mask, gate_up, down, activation, biases)
         return y, jnp.zeros((), jnp.float32)
     if method == 'grouped':
         groups = jnp.where(mask[..., None], ids, num_experts).reshape(flat_weights.shape)
         plan, sizes = sort_by_group(groups, num_experts)
         rows, row_weights = spread(tokens, plan), spread_weights(flat_weights, plan)
-        out = grouped_mlp(rows, row_weights, gate_up, down, sizes, activation)
+        out = grouped_mlp(rows, row_weights, gate_up, down, sizes, activation, biases)
         return collect(out, plan).reshape(x.shape), jnp.zeros((), jnp.float32)
     capacity = sequence_capacity(x.shape[1], ids.shape[-1], num_experts, capacity_factor)
     plan, dropped = slot_plan(ids, mask, num_experts, capacity)
     rows = spread(tokens, plan).reshape(num_experts, -1, x.shape[-1])
     row_weights = spread_weights(flat_weights, plan).reshape(num_experts, -1, 1)
-    out = slotted_mlp(rows, row_weights, gate_up, down, activation)
+    out = slotted_mlp(rows, row_weights, gate_up, down, activation, biases)
     return collect(out.reshape(-1, x.shape[-1]), plan).reshape(x.shape), dropped

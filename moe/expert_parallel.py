@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import Activation, Dispatch
 from moe.dispatch import (
+    ExpertBiases,
     Plan,
     collect,
     dispatch,
@@ -29,6 +30,7 @@ from moe.dispatch import (
 from moe.errors import InputError
 
 BATCH_AXES = ('data', 'fsdp', 'expert')
+BIAS_SPECS = ExpertBiases(P('expert', None, 'tensor'), P('expert', 'fsdp'))
 _varying = functools.partial(jax.lax.pcast, to='varying')
 
 
@@ -44,6 +46,7 @@ def expert_parallel_dispatch(
     method: Dispatch,
     activation: Activation,
     capacity_factor: float = 1.25,
+    biases: ExpertBiases | None = None,
 ) -> tuple[Float[Array, 'B T D'], Float[Array, '']]:
     """Computes `moe.dispatch.dispatch` on a mesh, with the same arguments and the same results.
 
@@ -53,8 +56,8 @@ def expert_parallel_dispatch(
     and exchanges nothing.
 
     Args:
-        x, ids, weights, mask, gate_up, down, method, activation, capacity_factor: as `dispatch`,
-            global arrays.
+        x, ids, weights, mask, gate_up, down, method, activation, capacity_factor, biases: as
+            `dispatch`, global arrays.
         mesh: with the axes `data`, `fsdp`, `expert` and `tensor`, of any sizes.
 
     Returns:
@@ -68,7 +71,7 @@ def expert_parallel_dispatch(
     )
     settings = {'method': method, 'activation': activation, 'capacity_factor': capacity_factor}
     if method == 'dense':
-        return dispatch(x, ids, weights, mask, gate_up, down, **settings)
+        return dispatch(x, ids, weights, mask, gate_up, down, biases=biases, **settings)
     tokens = P(BATCH_AXES)
     sharded = jax.shard_map(
         functools.partial(_local_dispatch, shards=mesh.shape['expert'], **settings),
@@ -77,10 +80,11 @@ def expert_parallel_dispatch(
             *(tokens,) * 4,
             P('expert', 'fsdp', None, 'tensor'),
             P('expert', 'tensor', 'fsdp'),
+            None if biases is None else BIAS_SPECS,
         ),
         out_specs=(tokens, P()),
     )
-    return sharded(x, ids, weights, mask, gate_up, down)
+    return sharded(x, ids, weights, mask, gate_up, down, biases)
 
 
 def check_divisible(mesh: Mesh, *, batch: int, experts: int, embed: int, mlp: int) -> None:
@@ -106,6 +110,7 @@ def _local_dispatch(
     mask: Array,
     gate_up: Array,
     down: Array,
+    biases: ExpertBiases | None,
     *,
     shards: int,
     method: Dispatch,
@@ -119,6 +124,7 @@ def _local_dispatch(
     # axis.
     x, weights = _varying((x, weights), 'tensor')
     gate_up, down = _varying((gate_up, down), 'data')
+    biases = None if biases is None else _local_biases(biases)
     num_experts = gate_up.shape[0] * shards
     tokens, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
     if method == 'capacity':
@@ -131,13 +137,28 @@ def _local_dispatch(
         dropped = jnp.zeros((), jnp.float32)
         compute = functools.partial(_remote_groups, sizes=sizes, shards=shards)
     rows, row_weights = spread(tokens, plan), spread_weights(flat_weights, plan)
-    out = collect(compute(rows, row_weights, gate_up, down, activation=activation), plan)
+    out = compute(rows, row_weights, gate_up, down, biases, activation=activation)
+    out = collect(out, plan)
     y = jax.lax.psum(out, 'tensor').reshape(x.shape)
     return y, jax.lax.psum(dropped, BATCH_AXES)
 
 
+def _local_biases(biases: ExpertBiases) -> ExpertBiases:
+    """Gathers over `fsdp`; outputs sum over `tensor`, so one shard of it has their biases."""
+    down = jax.lax.all_gather(biases.down, 'fsdp', axis=1, tiled=True)
+    down = jnp.where(jax.lax.axis_index('tensor') == 0, _varying(down, 'tensor'), 0)
+    return ExpertBiases(_varying(biases.gate_up, ('data', 'fsdp')), _varying(down, 'data'))
+
+
 def _remote_slots(
-    rows: Array, weights: Array, gate_up: Array, down: Array, *, activation: Activation, shards: int
+    rows: Array,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    biases: ExpertBiases | None,
+    *,
+    activation: Activation,
+    shards: int,
 ) -> Array:
     """Computes every slot on the shard that holds its expert: [E * S, D] -> [E * S, D]."""
     experts, dim = gate_up.shape[:2]
@@ -146,7 +167,7 @@ def _remote_slots(
         slots = exchange(rows.reshape(shards, experts, -1, rows.shape[-1]))
         return slots.swapaxes(0, 1).reshape(experts, -1, rows.shape[-1])
 
-    out = slotted_mlp(to_experts(rows), to_experts(weights), gate_up, down, activation)
+    out = slotted_mlp(to_experts(rows), to_experts(weights), gate_up, down, activation, biases)
     return exchange(out.reshape(experts, shards, -1, dim).swapaxes(0, 1)).reshape(-1, dim)
 
 
@@ -186,6 +207,7 @@ def _remote_groups(
     weights: Array,
     gate_up: Array,
     down: Array,
+    biases: ExpertBiases | None,
     *,
     activation: Activation,
     sizes: Array,
@@ -193,7 +215,7 @@ def _remote_groups(
 ) -> Array:
     """Computes every row on the shard that holds its expert: [shards * R, D] -> the same."""
     if shards == 1:
-        return grouped_mlp(rows, weights, gate_up, down, sizes[0], activation)
+        return grouped_mlp(rows, weights, gate_up, down, sizes[0], activation, biases)
     num_local = gate_up.shape[0]
 
     def swap(rows: Array) -> Array:
@@ -210,6 +232,7 @@ def _remote_groups(
         down,
         local_sizes,
         activation,
+        biases,
     )
     return swap(collect(out, plan))
 

@@ -1,29 +1,25 @@
 """The mixture-of-experts layer: router, routed experts and an optional shared one."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.config import Activation, DType, MoEConfig, RouterConfig
-from moe.dispatch import dispatch
+from moe.config import Activation, DType, MoEConfig
+from moe.dispatch import ExpertBiases, dispatch
 from moe.expert_parallel import expert_parallel_dispatch
-from moe.layers import GatedMLP, kernel_init
-from moe.routing import expert_load, route
+from moe.layers import GatedMLP, kernel_init, partitioned
+from moe.routing import RouterConfig, expert_load, route
+from moe.soft_moe import soft_dispatch
 from moe.types import RouterOutput
-
-# Typed as Any: `param` hands the value back without the box that this puts it in.
-_partitioned: Any = nn.with_logical_partitioning
 
 
 class Router(nn.Module):
-    """Scores the experts for each token and chooses among them, in float32 throughout.
+    """Computes each token's logits for the experts, in float32 throughout.
 
     Attributes:
         config: the router as data.
-        param_dtype: of the stored kernel.
+        param_dtype: of the stored kernel and bias.
     """
 
     config: RouterConfig
@@ -32,35 +28,37 @@ class Router(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, 'B T D']
-    ) -> tuple[Float[Array, 'B T E'], Int[Array, 'B T K'], Float[Array, 'B T K']]:
-        """Returns the logits, the chosen experts and their weights; see `moe.routing.route`."""
-        experts = self.config.num_experts
-        kernel = self.param(
-            'kernel',
-            _partitioned(kernel_init(0, 1), ('embed', None)),
-            (x.shape[-1], experts),
-            self.param_dtype,
-        )
+    ) -> tuple[Float[Array, 'B T E *slots'], Float[Array, 'E'] | None]:
+        """Returns the logits, for every slot where routing is soft, and the selection bias."""
+        config = self.config
+        soft = config.choice == 'soft'
+        outputs = (config.num_experts, config.slots) if soft else (config.num_experts,)
+        axes = (None,) * len(outputs)
+        init = partitioned(kernel_init(0, tuple(range(1, 1 + len(outputs)))), ('embed', *axes))
+        kernel = self.param('kernel', init, (x.shape[-1], *outputs), self.param_dtype)
         logits = jnp.einsum(
-            'btd,de->bte',
+            'btd,d...->bt...',
             x.astype(jnp.float32),
             kernel.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
+        if config.bias:
+            init = partitioned(nn.initializers.zeros_init(), axes)
+            logits += self.param('bias', init, outputs, self.param_dtype).astype(jnp.float32)
         bias = None
-        if self.config.selection_bias:
-            bias = self.variable(
-                'routing', 'selection_bias', jnp.zeros, (experts,), jnp.float32
-            ).value
-        return logits, *route(logits, self.config, selection_bias=bias)
+        if config.selection_bias:
+            bias = self.variable('routing', 'selection_bias', jnp.zeros, outputs, jnp.float32).value
+        return logits, bias
 
 
 class MoELayer(nn.Module):
     """Replaces a gated MLP by `E` routed experts of which each token passes `K`.
 
     Parameters: `router/kernel` [D, E]; `gate_up` [E, D, 2, F] (gate first) and `down` [E, F, D];
-    those of the shared expert under `shared`. Where the router has a selection bias, the collection
-    `routing` holds it as `router/selection_bias` [E], float32.
+    those of the shared expert under `shared`; where configured, `router/bias` [E], `gate_up_bias`
+    [E, 2, F] and `down_bias` [E, D]. A soft router's kernel and bias end with an axis of slots.
+    Where the router has a selection bias, the collection `routing` holds it as
+    `router/selection_bias` [E], float32.
 
     Attributes:
         config: router, widths and dispatch.
@@ -78,30 +76,27 @@ class MoELayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, 'B T D'], mask: Bool[Array, 'B T']
+        self,
+        x: Float[Array, 'B T D'],
+        mask: Bool[Array, 'B T'],
+        tokens: Int[Array, 'B T'] | None = None,
     ) -> tuple[Float[Array, 'B T D'], RouterOutput]:
         """Routes every unmasked token.
 
         Args:
-            x: tokens.
+            x: hidden states.
             mask: False is not routed and not counted, and its output is zero.
+            tokens: the ids that `x` came from; needed where the router chooses by hash.
 
         Returns:
             The outputs, in `dtype`, and what the router decided.
+
+        Raises:
+            InputError: where the router chooses by hash and there are no tokens.
         """
-        router = Router(self.config.router, self.param_dtype, name='router')
-        logits, ids, weights = router(x)
-        gate_up, down = self._expert_weights(x.shape[-1])
-        operands = (x.astype(self.dtype), ids, weights, mask, gate_up, down)
-        settings = {
-            'method': self.config.dispatch,
-            'activation': self.activation,
-            'capacity_factor': self.config.capacity_factor,
-        }
-        if self.mesh is None:
-            y, dropped = dispatch(*operands, **settings)
-        else:
-            y, dropped = expert_parallel_dispatch(*operands, mesh=self.mesh, **settings)
+        noisy = self._jittered(x)
+        logits, bias = Router(self.config.router, self.param_dtype, name='router')(noisy)
+        y, output = self._routed(noisy.astype(self.dtype), logits, bias, mask, tokens)
         if self.config.shared_dim:
             shared = GatedMLP(
                 self.config.shared_dim,
@@ -112,21 +107,73 @@ class MoELayer(nn.Module):
                 name='shared',
             )
             y = y + jnp.where(mask[..., None], shared(x), 0)
-        load = expert_load(ids, mask, self.config.router.num_experts)
+        return y, output
+
+    def _jittered(self, x: Array) -> Array:
+        """Multiplies by the noise that router and routed experts see, where there is an rng."""
+        jitter = self.config.router.jitter
+        if jitter == 0 or not self.has_rng('jitter'):
+            return x
+        key = self.make_rng('jitter')
+        return x * jax.random.uniform(key, x.shape, x.dtype, 1 - jitter, 1 + jitter)
+
+    def _routed(
+        self,
+        x: Array,
+        logits: Array,
+        selection_bias: Array | None,
+        mask: Array,
+        tokens: Array | None,
+    ) -> tuple[Array, RouterOutput]:
+        config, router = self.config, self.config.router
+        gate_up, down, biases = self._expert_weights(x.shape[-1])
+        if router.choice == 'soft':
+            settings = {'activation': self.activation, 'scale': router.scale, 'biases': biases}
+            return soft_dispatch(x, logits, mask, gate_up, down, **settings)
+        ids, weights = route(
+            logits, router, selection_bias=selection_bias, mask=mask, tokens=tokens
+        )
+        operands = (x, ids, weights, mask, gate_up, down)
+        settings = {
+            'method': config.dispatch,
+            'activation': self.activation,
+            'capacity_factor': config.capacity_factor,
+            'biases': biases,
+        }
+        if self.mesh is None:
+            y, dropped = dispatch(*operands, **settings)
+        else:
+            y, dropped = expert_parallel_dispatch(*operands, mesh=self.mesh, **settings)
+        load = expert_load(ids, mask, router.num_experts)
         return y, RouterOutput(logits, ids, weights, load, dropped)
 
-    def _expert_weights(self, dim: int) -> tuple[Array, Array]:
+    def _expert_weights(self, dim: int) -> tuple[Array, Array, ExpertBiases | None]:
         experts, hidden = self.config.router.num_experts, self.config.expert_dim
         gate_up = self.param(
             'gate_up',
-            _partitioned(kernel_init(1, (2, 3), (0,)), ('experts', 'embed', None, 'mlp')),
+            partitioned(kernel_init(1, (2, 3), (0,)), ('experts', 'embed', None, 'mlp')),
             (experts, dim, 2, hidden),
             self.param_dtype,
         )
         down = self.param(
             'down',
-            _partitioned(kernel_init(1, 2, (0,)), ('experts', 'mlp', 'embed')),
+            partitioned(kernel_init(1, 2, (0,)), ('experts', 'mlp', 'embed')),
             (experts, hidden, dim),
             self.param_dtype,
         )
-        return gate_up.astype(self.dtype), down.astype(self.dtype)
+        biases = self._expert_biases(dim) if self.config.bias else None
+        return gate_up.astype(self.dtype), down.astype(self.dtype), biases
+
+    def _expert_biases(self, dim: int) -> ExpertBiases:
+        experts, hidden = self.config.router.num_experts, self.config.expert_dim
+        zeros = nn.initializers.zeros_init()
+        gate_up = self.param(
+            'gate_up_bias',
+            partitioned(zeros, ('experts', None, 'mlp')),
+            (experts, 2, hidden),
+            self.param_dtype,
+        )
+        down = self.param(
+            'down_bias', partitioned(zeros, ('experts', 'embed')), (experts, dim), self.param_dtype
+        )
+        return ExpertBiases(gate_up.astype(self.dtype), down.astype(self.dtype))
