@@ -1,0 +1,159 @@
+"""Rows of the benchmarks at tiny sizes: what they hold, never how fast anything is."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+from experiments import benchmark, cli
+from experiments.benchmark_loss import loss_rows
+from experiments.timing import interleaved_medians
+
+KEYS = {'name', 'value', 'unit', 'reference', 'ratio', 'conditions'}
+
+
+def check(row: benchmark.Row) -> None:
+    assert set(row) == KEYS
+    assert row['value'] > 0
+    assert row['reference'] > 0
+    # More milliseconds are worse; the ratio of rates and of bytes is the plain share.
+    inverse = {'ms': True, 'GFLOP/s': False, 'GB': False}[row['unit']]
+    quotient = row['value'] / row['reference']
+    assert math.isclose(row['ratio'], 1 / quotient if inverse else quotient, rel_tol=1e-9)
+
+
+def test_moe_rows_measure_every_dispatch_against_the_mlp() -> None:
+    rows = list(
+        benchmark.moe_rows(experts=(4,), shapes=((2, 8), (8, 8)), tokens=16, width=8, repeats=1)
+    )
+    # Eight of four experts cannot be chosen: that shape is passed over.
+    names = {f'moe/{dispatch}/E4_K2_F8' for dispatch in ('dense', 'capacity', 'grouped')}
+    assert {row['name'] for row in rows} == names
+    assert len({row['reference'] for row in rows}) == 1
+    for row in rows:
+        assert row['unit'] == 'ms'
+        assert '16 tokens, D=8' in row['conditions']
+        assert 'F=16' in row['conditions']
+        check(row)
+
+
+def test_moe_rows_leave_out_an_oracle_that_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 16 tokens, 4 experts, gate and up of 8, 4 bytes each.
+    monkeypatch.setattr(benchmark, 'ORACLE_BYTES', 16 * 4 * 2 * 8 * 4 - 1)
+    timed = []
+
+    def fake(functions: dict, *, repeats: int) -> dict[str, float]:
+        timed.extend(functions)
+        return dict.fromkeys(functions, 0.5)
+
+    monkeypatch.setattr(benchmark, 'interleaved_medians', fake)
+    monkeypatch.setattr(benchmark, '_training_step', lambda *_: None)
+    rows = list(benchmark.moe_rows(experts=(4,), shapes=((2, 8),), tokens=16, width=8))
+    assert timed == ['capacity', 'grouped', 'mlp']
+    assert [(row['value'], row['reference'], row['ratio']) for row in rows] == [(500, 500, 1)] * 2
+
+
+def test_loss_rows_have_rates_and_memory() -> None:
+    rows = {
+        row['name']: row
+        for row in loss_rows(tokens=64, vocab_size=64, student_dim=4, teacher_dim=8, repeats=1)
+    }
+    assert {name: row['unit'] for name, row in rows.items()} == {
+        'loss/fused': 'GFLOP/s',
+        'loss/fused/memory': 'GB',
+        'loss/plain': 'GFLOP/s',
+        'loss/plain/memory': 'GB',
+    }
+    assert rows['loss/plain/memory']['ratio'] == 1
+    assert rows['loss/fused']['reference'] == rows['loss/plain']['reference']
+    for row in rows.values():
+        check(row)
+
+
+def test_medians_are_of_all_rounds_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 1, 10, 15, 20, 22, 30, 37, 40, 43, 50, 59])
+    monkeypatch.setattr('time.perf_counter', lambda: next(clock))
+    calls = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in ('a', 'b')}
+    assert interleaved_medians(functions, repeats=3) == {'a': 2, 'b': 7}
+    assert calls == ['a', 'b'] * 4
+
+
+@pytest.fixture
+def one_row(monkeypatch: pytest.MonkeyPatch) -> benchmark.Row:
+    row = {
+        'name': 'loss/fused',
+        'value': 3.0,
+        'unit': 'GFLOP/s',
+        'reference': 4.0,
+        'ratio': 0.75,
+        'conditions': 'none',
+    }
+    monkeypatch.setitem(benchmark.COMMANDS, 'loss', lambda: [row])
+    return row
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, *argv: str) -> object:
+    """Runs the launcher on a command line, and gives its exit status."""
+    monkeypatch.setattr('sys.argv', ['benchmark', *argv])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_:
+        cli.run(benchmark.main, commands=tuple(benchmark.COMMANDS))
+    return exit_.value.code
+
+
+def test_prints_and_writes_rows(
+    one_row: benchmark.Row,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / 'new' / 'rows.json'
+    assert launch(monkeypatch, 'loss', f'--json={path}') == 0
+    assert json.loads(path.read_text()) == [one_row]
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        *('loss/fused', '3.00', '4.00', 'GFLOP/s', '0.75')
+    ]
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        ((), 'name one of moe, loss; received none'),
+        (('mo',), "name one of moe, loss; received 'mo'"),
+        (('moe', 'loss'), "'loss' is no flag"),
+        (('moe', '--experts=x'), '--experts must be whole numbers of at least 3'),
+        (('moe', '--experts=8,2'), "received '8,2'"),
+        (('loss', '--tokens=12'), '--tokens must be a multiple of 8; received 12'),
+        (('loss', '--repeats=0'), 'repeats'),
+        (('loss', '--speed=fast'), 'speed'),
+    ],
+)
+def test_bad_input_is_a_message(
+    argv: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert launch(monkeypatch, *argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert 'Traceback' not in captured.err
+    assert len(captured.err.splitlines()) <= 4
+    assert captured.out == ''
+
+
+def test_help_says_what_can_be_measured() -> None:
+    # absl lists the flags of the module that is run.
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.benchmark', '--help'],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ''
+    for words in ('benchmark moe', 'benchmark loss', '--json', '--experts', '--repeats'):
+        assert words in done.stdout
