@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import DType, TransformerConfig
 from moe.dot_product import dot_product_attention
-from moe.layers import RMSNorm, apply_rope, kernel_init, linear, partitioned, rope_tables
+from moe.layers import RMSNorm, kernel_init, linear, partitioned
+from moe.rope import apply_rope, rope_tables
 from moe.sharding import constrain
 from moe.types import KVCache
 

@@ -6,8 +6,11 @@ key-value heads, head width, `E` experts, `K` experts per token, `C` slots per e
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
+from moe.attention_config import AttentionConfig, AttentionLike, LatentAttentionConfig
+from moe.linear_config import LinearAttentionConfig
+from moe.rope import LinearScaling, Llama3Scaling, YarnScaling
 from moe.routing import RouterConfig
 from moe.validation import one_of as _one_of
 from moe.validation import positive as _positive
@@ -15,42 +18,26 @@ from moe.validation import require
 
 Dispatch = Literal['dense', 'capacity', 'grouped']
 Activation = Literal['silu', 'gelu', 'clamped_swiglu']
-QKNorm = Literal['none', 'head', 'full']
 Remat = Literal['none', 'dots', 'full']
 DType = Literal['float32', 'bfloat16', 'float16']
 
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """Grouped-query attention with rotary positions.
-
-    Attributes:
-        num_heads: `H`, query heads.
-        num_kv_heads: `Hkv`, key and value heads; divides `num_heads`.
-        head_dim: `Dh`, even.
-        qk_norm: RMSNorm of queries and keys before RoPE: 'none', 'head' (each head by itself, as Qwen3)
-            or 'full' (the flattened projection, as OLMoE).
-        rope_theta: base of the rotary frequencies.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qk_norm: QKNorm = 'none'
-    rope_theta: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        for name in ('num_heads', 'num_kv_heads', 'head_dim'):
-            _positive(f'attention.{name}', getattr(self, name))
-        _one_of('attention.qk_norm', self.qk_norm, QKNorm)
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            'attention.num_heads',
-            f'a multiple of num_kv_heads={self.num_kv_heads}',
-            self.num_heads,
-        )
-        require(self.head_dim % 2 == 0, 'attention.head_dim', 'even (RoPE)', self.head_dim)
-        require(self.rope_theta > 0, 'attention.rope_theta', 'positive', self.rope_theta)
+__all__ = [
+    'Activation',
+    'AttentionConfig',
+    'AttentionLike',
+    'DType',
+    'Dispatch',
+    'LatentAttentionConfig',
+    'LinearAttentionConfig',
+    'LinearScaling',
+    'Llama3Scaling',
+    'MoEConfig',
+    'Remat',
+    'RouterConfig',
+    'TransformerConfig',
+    'YarnScaling',
+    'require',
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +98,23 @@ class TransformerConfig:
         num_layers: `L`.
         embed_dim: `D`.
         mlp_dim: `F` of the dense layers' gated MLP.
-        attention: the attention of every layer.
+        attention: of every layer; or several kinds, which the layers take in turn, over and over.
         moe: the experts; None for a dense model.
         activation: of the gate: 'silu', 'gelu' (tanh approximation) or 'clamped_swiglu'; see
             `moe.layers.gated_activation`.
-        norm_eps: added to the mean square in every RMSNorm.
+        norm_eps: added to the mean square in every RMSNorm of queries, keys and residual stream.
+        norm_unit_offset: those norms store their scale less one (Gemma).
+        norm_scale_float32: they multiply by it in float32, before the cast (Gemma, GPT-OSS).
+        post_norms: whether what attention and MLP return is normalised too, before it is added to
+            the residual stream (Gemma 2).
+        scale_embedding: multiplies embedded tokens by `sqrt(D)`, rounded to `dtype` (Gemma).
+        logit_soft_cap: logits become `logit_soft_cap tanh(logits / logit_soft_cap)`; None leaves
+            them.
         tie_embeddings: whether the output head is the transposed embedding.
-        scan_layers: stack layers of one kind and scan over them, so compile time does not grow with `L`.
-        remat: what a block keeps for its backward pass: 'none' recomputes nothing, 'dots' keeps matrix
-            products without batch dims, 'full' keeps the block's input alone.
+        scan_layers: stack layers of one kind and scan over them, so compile time does not grow
+            with `L`.
+        remat: what a block keeps for its backward pass: 'none' recomputes nothing, 'dots' keeps
+            matrix products without batch dims, 'full' keeps the block's input alone.
         dtype: of activations and matrix products (norms, router and softmax stay float32).
         param_dtype: of the stored parameters.
     """
@@ -128,10 +123,15 @@ class TransformerConfig:
     num_layers: int
     embed_dim: int
     mlp_dim: int
-    attention: AttentionConfig
+    attention: AttentionLike | tuple[AttentionLike, ...]
     moe: MoEConfig | None = None
     activation: Activation = 'silu'
     norm_eps: float = 1e-6
+    norm_unit_offset: bool = False
+    norm_scale_float32: bool = False
+    post_norms: bool = False
+    scale_embedding: bool = False
+    logit_soft_cap: float | None = None
     tie_embeddings: bool = False
     scan_layers: bool = True
     remat: Remat = 'none'
@@ -146,6 +146,9 @@ class TransformerConfig:
         _one_of('model.dtype', self.dtype, DType)
         _one_of('model.param_dtype', self.param_dtype, DType)
         require(self.norm_eps > 0, 'model.norm_eps', 'positive', self.norm_eps)
+        cap = self.logit_soft_cap
+        require(cap is None or cap > 0, 'model.logit_soft_cap', 'positive, or None', cap)
+        self._check_attention()
         if self.moe is not None:
             outside = [i for i in self.moe.layers or () if not 0 <= i < self.num_layers]
             require(not outside, 'moe.layers', f'indices in [0, {self.num_layers})', outside)
@@ -155,6 +158,21 @@ class TransformerConfig:
                 'None for a model without MoE layers',
                 self.moe,
             )
+
+    def _check_attention(self) -> None:
+        kinds = self.attention if isinstance(self.attention, tuple) else (self.attention,)
+        names = [kind.__name__ for kind in get_args(AttentionLike)]
+        for kind in kinds:
+            valid = isinstance(kind, AttentionLike)
+            require(valid, 'model.attention', f'made of {", ".join(names)}', kind)
+        required = f'one kind to num_layers={self.num_layers} kinds'
+        require(1 <= len(kinds) <= self.num_layers, 'model.attention', required, self.attention)
+
+    @property
+    def attention_layers(self) -> tuple[AttentionLike, ...]:
+        """Per layer, its attention."""
+        kinds = self.attention if isinstance(self.attention, tuple) else (self.attention,)
+        return tuple(kinds[layer % len(kinds)] for layer in range(self.num_layers))
 
     @property
     def moe_layers(self) -> tuple[bool, ...]:

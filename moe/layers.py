@@ -1,4 +1,4 @@
-"""The parts that every layer shares: RMSNorm, rotary positions, the gated MLP, initial values."""
+"""The parts that every layer shares: RMSNorm, the gated MLP, matrix products, initial values."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from moe.config import Activation, DType
+from moe.config import Activation, DType, TransformerConfig
 from moe.sharding import constrain
 
 # Of 'clamped_swiglu'.
@@ -81,7 +81,13 @@ def linear(x: Float[Array, 'B T *inputs'], kernel: Float[Array, '*kernel']) -> A
     return flat.reshape(*x.shape[:2], *outputs)
 
 
-def rms_norm(x: Float[Array, '...'], scale: Float[Array, '...'], eps: float) -> Array:
+def rms_norm(
+    x: Float[Array, '...'],
+    scale: Float[Array, '...'],
+    eps: float,
+    *,
+    scale_float32: bool = False,
+) -> Array:
     """Divides by the root mean square over the trailing axes that `scale` has.
 
     `x / sqrt(mean(x^2) + eps)` in float32, cast to the dtype of `x`, times the scale in that dtype.
@@ -90,16 +96,21 @@ def rms_norm(x: Float[Array, '...'], scale: Float[Array, '...'], eps: float) -> 
         x: its last `scale.ndim` axes are normalised together.
         scale: a weight for each normalised element.
         eps: added to the mean square.
+        scale_float32: multiplies by the scale in float32, before the cast.
 
     Returns:
         Like `x`, in its dtype.
 
-    Source: arXiv 1910.07467; the cast before the weight is that of the published decoders.
+    Source: arXiv 1910.07467; the cast before the weight is that of most published decoders, the one
+        after it that of Gemma and GPT-OSS.
     """
     axes = tuple(range(-scale.ndim, 0))
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axes, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype) * scale.astype(x.dtype)
+    normed = wide * jax.lax.rsqrt(mean_square + eps)
+    if scale_float32:
+        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -109,59 +120,38 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
         param_dtype: of the scale.
         axes: the logical axes of the scale, and so how many trailing axes are normalised.
+        unit_offset: stores the scale less one, so that it starts at zero and decays to one.
+        scale_float32: multiplies by the scale in float32, before the cast.
     """
 
     eps: float
     param_dtype: DType = 'float32'
     axes: tuple[str | None, ...] = (None,)
+    unit_offset: bool = False
+    scale_float32: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, '...']) -> Array:
-        init = partitioned(nn.initializers.ones_init(), self.axes)
-        scale = self.param('scale', init, x.shape[-len(self.axes) :], self.param_dtype)
-        return rms_norm(x, scale, self.eps)
+        ones = nn.initializers.constant(0.0 if self.unit_offset else 1.0)
+        shape = x.shape[-len(self.axes) :]
+        scale = self.param('scale', partitioned(ones, self.axes), shape, self.param_dtype)
+        if self.unit_offset:
+            scale = 1.0 + scale.astype(jnp.float32)
+        return rms_norm(x, scale, self.eps, scale_float32=self.scale_float32)
 
 
-def rope_tables(
-    positions: Int[Array, 'B T'], head_dim: int, theta: float
-) -> tuple[Float[Array, 'B T half'], Float[Array, 'B T half']]:
-    """Returns cosines and sines of `position * theta^(-2i / head_dim)` for i < head_dim / 2.
-
-    Args:
-        positions: from 0 within each document.
-        head_dim: `Dh`, even.
-        theta: the base of the frequencies.
-
-    Returns:
-        Two float32 tables [B, T, Dh / 2].
-
-    Source: RoFormer, arXiv 2104.09864, equation 15.
-    """
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(
-    x: Float[Array, 'B T H Dh'], cos: Float[Array, 'B T half'], sin: Float[Array, 'B T half']
-) -> Float[Array, 'B T H Dh']:
-    """Rotates each pair (x[i], x[i + Dh / 2]) by its angle, in float32.
-
-    Args:
-        x: queries or keys.
-        cos: from `rope_tables`.
-        sin: likewise.
-
-    Returns:
-        Like `x`, in its dtype.
-
-    Source: arXiv 2104.09864, equation 34, with the pairs taken half a head apart (`rotate_half`)
-        rather than adjacent.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+def norm_of(
+    config: TransformerConfig, name: str, axes: tuple[str | None, ...] = (None,)
+) -> RMSNorm:
+    """Returns a norm of the kind that the model's config describes."""
+    return RMSNorm(
+        config.norm_eps,
+        config.param_dtype,
+        axes,
+        config.norm_unit_offset,
+        config.norm_scale_float32,
+        name=name,
+    )
 
 
 class GatedMLP(nn.Module):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.layers import GatedMLP, activation_fn, apply_rope, kernel_init, linear, rms_norm
-from moe.layers import rope_tables as tables
+from moe.layers import GatedMLP, activation_fn, kernel_init, linear, rms_norm
+from moe.rope import apply_rope
+from moe.rope import rope_tables as tables
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
