@@ -136,10 +136,9 @@ def _within_chunks(
     beta: Float[Array, '*N C'],
 ) -> tuple[Array, ...]:
     """Computes for every chunk at once what does not depend on the state."""
-    blocks, before, after = decayed_products(jnp.stack([queries, keys]), keys, log_decay)
-    products = lower_triangle([block[0] for block in blocks], jnp.sum(queries * keys, axis=-1))
     steps = beta[..., None]
-    overlaps = [_pairs(_blocks(steps, block.shape[-1]))[1] * block[1] for block in blocks]
+    (answers, overlaps), before, after = decayed_products((queries, steps * keys), keys, log_decay)
+    products = lower_triangle(answers, jnp.sum(queries * keys, axis=-1))
     inverse = unit_lower_inverse(overlaps, beta)
     decayed_queries, decayed_keys = (jnp.exp(before) * x for x in (queries, keys))
     written = inverse @ (steps * values)
@@ -148,10 +147,12 @@ def _within_chunks(
 
 
 def decayed_products(
-    rows: Float[Array, '*M C Dk'],
+    rows: tuple[Float[Array, '*N C Dk'], ...],
     keys: Float[Array, '*N C Dk'],
     log_decay: Float[Array, '*N C #Dk'],
-) -> tuple[list[Float[Array, '*M n h h']], Float[Array, '*N C #Dk'], Float[Array, '*N C #Dk']]:
+) -> tuple[
+    list[list[Float[Array, '*N n h h']]], Float[Array, '*N C #Dk'], Float[Array, '*N C #Dk']
+]:
     """Multiplies rows by earlier keys, with the decay between the two.
 
     The pairs j < t are covered by blocks that double in size: of 2 h adjacent tokens, the last h
@@ -160,22 +161,24 @@ def decayed_products(
     is a difference of longer sums: nothing overflows, no digits cancel, and -inf is as good as any.
 
     Args:
-        rows: queries, keys, or a stack of both along leading axes.
+        rows: of each kind, one for each token.
         keys: of the same tokens.
         log_decay: zero or less.
 
     Returns:
-        The blocks `rows_t^T Diag(exp(sum of log_decay over j < s <= t)) keys_j` for h = 1, 2, ...
-        C / 2, `n = C / 2 h` of each; the log decay from the start of the chunk through each token;
-        and the log decay after each token to the end of the chunk.
+        For each kind of rows, the blocks `row_t^T Diag(exp(sum of log_decay over j < s <= t)) key_j`
+        for h = 1, 2, ... C / 2, `n = C / 2 h` of each; the log decay from the start of the chunk
+        through each token; and the log decay after each token to the end of the chunk.
     """
     before, after = _blocks(log_decay, 1), _blocks(jnp.zeros_like(log_decay), 1)
-    products = []
+    # One product for each kind: XLA for CPUs (jax 0.10.2) crashes in the transpose of a stacked one.
+    products: list[list[Array]] = [[] for _ in rows]
     while (h := before.shape[-2]) < keys.shape[-2]:
         (before_first, before_second), (after_first, after_second) = _pairs(before), _pairs(after)
-        late = _pairs(_blocks(rows, h))[1] * jnp.exp(before_second)
-        early = _pairs(_blocks(keys, h))[0] * jnp.exp(after_first)
-        products.append(late @ early.mT)
+        early = (_pairs(_blocks(keys, h))[0] * jnp.exp(after_first)).mT
+        for of_kind, kind in zip(products, rows, strict=True):
+            late = _pairs(_blocks(kind, h))[1] * jnp.exp(before_second)
+            of_kind.append(late @ early)
         first, second = before_first[..., -1:, :], before_second[..., -1:, :]
         before = jnp.concatenate([before_first, first + before_second], axis=-2)
         after = jnp.concatenate([after_first + second, after_second], axis=-2)
