@@ -31,7 +31,7 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         `samples` of every model.
     """
     evaluations = {name: _quality(context, models, name) for name in models}
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: summarize(evaluations[name], seed=context.study.seed) | _cost(context, *models[name])
         for name in models
     }

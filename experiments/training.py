@@ -99,7 +99,7 @@ def state_shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
     """Returns the sharding of every leaf of the train state."""
     variables = variable_shardings(recipe.model, mesh)
     shapes = abstract_variables(recipe.model)['params']
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
     return TrainState(
         step=replicated,
         params=variables['params'],
