@@ -166,12 +166,12 @@ def decayed_products(
         log_decay: zero or less.
 
     Returns:
-        For each kind of rows, the blocks `row_t^T Diag(exp(sum of log_decay over j < s <= t)) key_j`
+        For each kind of rows, blocks of `row_t^T Diag(exp(sum of log_decay over j < s <= t)) key_j`
         for h = 1, 2, ... C / 2, `n = C / 2 h` of each; the log decay from the start of the chunk
         through each token; and the log decay after each token to the end of the chunk.
     """
     before, after = _blocks(log_decay, 1), _blocks(jnp.zeros_like(log_decay), 1)
-    # One product for each kind: XLA for CPUs (jax 0.10.2) crashes in the transpose of a stacked one.
+    # One product for each kind: XLA for CPUs crashes in the transpose of a stacked one (jax 0.10).
     products: list[list[Array]] = [[] for _ in rows]
     while (h := before.shape[-2]) < keys.shape[-2]:
         (before_first, before_second), (after_first, after_second) = _pairs(before), _pairs(after)

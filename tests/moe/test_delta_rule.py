@@ -99,13 +99,14 @@ def test_split_rows_carry_the_state() -> None:
     with jax.enable_x64(True):
         *inputs, state = map(jnp.asarray, arrays(2))
         outputs, final = recurrent_delta_rule(*inputs, state)
+        rule = jax.jit(functools.partial(chunked_delta_rule, chunk_size=4))
         parts = []
         for tokens in (slice(0, 1), slice(1, 8), slice(8, T)):
-            part, state = chunked_delta_rule(*(x[:, tokens] for x in inputs), state, chunk_size=4)
+            part, state = rule(*(x[:, tokens] for x in inputs), state)
             parts.append(part)
         np.testing.assert_allclose(jnp.concatenate(parts, 1), outputs, atol=1e-12)
         np.testing.assert_allclose(state, final, atol=1e-12)
-        fresh = chunked_delta_rule(*inputs)
+        fresh = rule(*inputs)
         zeros = recurrent_delta_rule(*inputs, jnp.zeros_like(state))
         np.testing.assert_allclose(fresh[0], zeros[0], atol=1e-12)
 
@@ -116,17 +117,16 @@ def test_steep_decays_keep_float32_exact() -> None:
     g = np.where(np.arange(T)[:, None, None] % 3 == 0, -1e6, -0.1) * np.ones((B, T, H, DK))
     expected = plain_loop(q, k, v, g, beta, state)
     narrow = [jnp.asarray(x, jnp.float32) for x in (q, k, v, g, beta, state)]
-    outputs, final = chunked_delta_rule(*narrow)
+    outputs, final, *gradients = results(chunked_delta_rule, narrow)
     np.testing.assert_allclose(outputs, expected[0], atol=3e-6)
     np.testing.assert_allclose(final, expected[1], atol=3e-6)
-    gradients = jax.grad(functools.partial(weighed, chunked_delta_rule), range(6))(*narrow)
-    assert all(bool(jnp.isfinite(x).all()) for x in gradients)
+    assert all(np.isfinite(x).all() for x in gradients)
 
 
 def test_many_small_blocks_have_gradients() -> None:
     # Wide enough for the vectorised kernels, which the tests above are not.
     rng = np.random.default_rng(4)
-    k = rng.normal(size=(1, 256, 2, 16)).astype(np.float32)
+    k = rng.normal(size=(1, 128, 2, 16)).astype(np.float32)
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     inputs = [k[:, ::-1].copy(), k, k + 1, -np.abs(k), np.abs(k[..., 0])]
     expected = results(recurrent_delta_rule, inputs)
