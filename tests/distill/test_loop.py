@@ -112,7 +112,7 @@ def test_a_finished_run_does_nothing():
 def test_stops_when_asked_and_saves_first():
     _, events, error = run(steps=10, stop_after=2)
     assert isinstance(error, Stopped)
-    assert 'step 2' in str(error)
+    assert str(error) == 'saved at step 2'
     assert events[-2:] == [('observe', 2), ('save', 2, 3, 2, True)]
 
 
