@@ -67,7 +67,8 @@ def stacked(config: TransformerConfig, unrolled: dict) -> dict:
 
 def assert_close(actual, expected, atol: float) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), actual, expected)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=atol)
+    jax.tree.map(close, actual, expected)
 
 
 @pytest.mark.parametrize(
