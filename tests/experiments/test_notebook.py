@@ -20,7 +20,7 @@ SEED = 0
 TEXT = {text!r}
 HELD_OUT, HELD_OUT_DOCUMENTS = 0.3, 4
 VOCAB_SIZE, SEQ_LEN, BATCH_SIZE, STEPS = 300, 32, 4, 6
-LEARNING_RATE = 5e-3
+OPTIMIZER, LEARNING_RATE = 'adamw', 5e-3
 TEACHER = {{'num_layers': 1, 'embed_dim': 32, 'mlp_dim': 32}}
 STUDENT = {{'num_layers': 1, 'embed_dim': 16, 'mlp_dim': 16}}
 TEACHER_HEADS = STUDENT_HEADS = {{'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}}
