@@ -1,9 +1,19 @@
 """Mixture-of-experts decoders in JAX: configs, models, routing, sharding, decoding, accounting."""
 
 from moe.accounting import bytes_per_token, flops_per_token, parameter_report
-from moe.attention import empty_cache
+from moe.attention_kinds import empty_cache
 from moe.balance import load_balance_loss, load_statistics, router_z_loss, updated_bias
-from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
+from moe.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    LinearScaling,
+    Llama3Scaling,
+    MoEConfig,
+    RouterConfig,
+    TransformerConfig,
+    YarnScaling,
+)
 from moe.decode import generate
 from moe.errors import InputError
 from moe.experts import MoELayer
@@ -16,6 +26,10 @@ __all__ = [
     'AttentionConfig',
     'InputError',
     'KVCache',
+    'LatentAttentionConfig',
+    'LinearAttentionConfig',
+    'LinearScaling',
+    'Llama3Scaling',
     'MeshConfig',
     'MoEConfig',
     'MoELayer',
@@ -24,6 +38,7 @@ __all__ = [
     'RouterOutput',
     'Transformer',
     'TransformerConfig',
+    'YarnScaling',
     'bytes_per_token',
     'empty_cache',
     'flops_per_token',

@@ -68,6 +68,11 @@ class AttentionConfig:
             require(value is None or value > 0, f'attention.{name}', 'positive, or None', value)
 
     @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.head_dim
+
+    @property
     def score_scale(self) -> float:
         """What multiplies the products of queries and keys."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
@@ -109,6 +114,16 @@ class LatentAttentionConfig:
         check_rope(self.rope_theta, self.rope_scaling)
 
     @property
+    def window(self) -> None:
+        """Queries see all tokens before."""
+        return None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.rope_dim
+
+    @property
     def key_dim(self) -> int:
         """Channels of a head's queries and keys."""
         return self.nope_dim + self.rope_dim
@@ -116,8 +131,9 @@ class LatentAttentionConfig:
     @property
     def score_scale(self) -> float:
         """What multiplies the products of queries and keys."""
-        yarn = isinstance(self.rope_scaling, YarnScaling)
-        return self.key_dim**-0.5 * (self.rope_scaling.score_factor if yarn else 1.0)
+        scaling = self.rope_scaling
+        factor = scaling.score_factor if isinstance(scaling, YarnScaling) else 1.0
+        return self.key_dim**-0.5 * factor
 
 
 AttentionLike = AttentionConfig | LatentAttentionConfig | LinearAttentionConfig

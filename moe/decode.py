@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moe.attention import empty_cache, segment_positions
+from moe.attention_context import segment_positions
+from moe.attention_kinds import empty_cache
 from moe.errors import InputError
-from moe.transformer import Transformer, hidden_logits, output_head
+from moe.transformer import Transformer, output_logits
 from moe.types import KVCache
 
 
@@ -157,11 +158,10 @@ def _generate(
     output: Any = run.model.apply(
         variables, prompts, positions, segments, cache=cache, logits=False
     )
-    head = output_head(run.model.config, variables['params'])
     fill = 0 if run.eos_id is None else run.eos_id
     state = _State(
         step=jnp.zeros((), jnp.int32),
-        logits=hidden_logits(output.hidden[:, -1:], head)[:, 0],
+        logits=output_logits(run.model.config, variables['params'], output.hidden[:, -1:])[:, 0],
         positions=positions[:, -1] + 1,
         done=jnp.zeros(B, bool),
         cache=output.cache,

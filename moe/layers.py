@@ -81,6 +81,14 @@ def linear(x: Float[Array, 'B T *inputs'], kernel: Float[Array, '*kernel']) -> A
     return flat.reshape(*x.shape[:2], *outputs)
 
 
+def soft_cap(x: Float[Array, '...'], cap: float | None) -> Array:
+    """Returns `cap tanh(x / cap)`, which stays within +-cap; `x` where `cap` is None.
+
+    Source: Gemma 2, arXiv 2408.00118, section 2.
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def rms_norm(
     x: Float[Array, '...'],
     scale: Float[Array, '...'],

@@ -1,24 +1,39 @@
 """Where each layer stands when layers are stacked for a scan, and arrays stacked accordingly."""
 
 import dataclasses
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from moe.config import TransformerConfig
+from moe.config import AttentionLike, TransformerConfig
+
+
+class LayerKind(NamedTuple):
+    """What one layer is made of: layers of equal kinds have parameters of equal shapes.
+
+    Attributes:
+        attention: its attention.
+        has_experts: whether it routes to experts.
+    """
+
+    attention: AttentionLike
+    has_experts: bool
+
+
+Kind = TypeVar('Kind')
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerGroup:
+class LayerGroup(Generic[Kind]):
     """Consecutive layers that repeat one pattern, scanned as one.
 
     Attributes:
-        pattern: for each layer of the pattern, whether it routes to experts.
+        pattern: the kind of each layer of the pattern.
         repeats: how often the pattern occurs in a row.
     """
 
-    pattern: tuple[bool, ...]
+    pattern: tuple[Kind, ...]
     repeats: int
 
     @property
@@ -27,23 +42,28 @@ class LayerGroup:
         return len(self.pattern) * self.repeats
 
 
-def layer_groups(moe_layers: tuple[bool, ...]) -> tuple[LayerGroup, ...]:
+def layer_kinds(config: TransformerConfig) -> tuple[LayerKind, ...]:
+    """Returns the kind of every layer."""
+    return tuple(map(LayerKind, config.attention_layers, config.moe_layers))
+
+
+def layer_groups(kinds: tuple[Kind, ...]) -> tuple[LayerGroup[Kind], ...]:
     """Splits the layers into repeated patterns so that as few blocks as possible are compiled.
 
     Args:
-        moe_layers: per layer, whether it routes to experts.
+        kinds: of the layers, in order.
 
     Returns:
-        Groups whose repeated patterns, one after the other, are `moe_layers`: of all such splits
-        those with the smallest sum of pattern lengths, and among them one with the fewest groups.
+        Groups whose repeated patterns, one after the other, are `kinds`: of all such splits those
+        with the smallest sum of pattern lengths, and among them one with the fewest groups.
     """
-    best: list[tuple[int, tuple[LayerGroup, ...]]] = [(0, ())]
-    for end in range(1, len(moe_layers) + 1):
+    best: list[tuple[int, tuple[LayerGroup[Kind], ...]]] = [(0, ())]
+    for end in range(1, len(kinds) + 1):
         splits = []
         for period in range(1, end + 1):
-            pattern = moe_layers[end - period : end]
+            pattern = kinds[end - period : end]
             start, repeats = end - period, 1
-            while start >= 0 and moe_layers[start : start + period] == pattern:
+            while start >= 0 and kinds[start : start + period] == pattern:
                 blocks, groups = best[start]
                 splits.append((blocks + period, (*groups, LayerGroup(pattern, repeats))))
                 start, repeats = start - period, repeats + 1
@@ -61,7 +81,7 @@ def layer_paths(config: TransformerConfig) -> tuple[tuple[tuple[str, ...], int |
         return tuple(((f'layer_{layer}',), None) for layer in range(config.num_layers))
     return tuple(
         ((f'group_{g}', f'layer_{j}'), repeat)
-        for g, group in enumerate(layer_groups(config.moe_layers))
+        for g, group in enumerate(layer_groups(layer_kinds(config)))
         for repeat in range(group.repeats)
         for j in range(len(group.pattern))
     )
@@ -70,13 +90,3 @@ def layer_paths(config: TransformerConfig) -> tuple[tuple[tuple[str, ...], int |
 def unstack(x: Array) -> list[Array]:
     """Splits the leading axis; its transpose is one concatenation, not a sum of padded slices."""
     return [part[0] for part in jax.lax.split(x, [1] * x.shape[0], axis=0)]
-
-
-def split_repeats(x: Array, group: LayerGroup) -> list[Array]:
-    """Parts the group's layers [L, ...] by their place in the pattern: [repeats, ...] for each."""
-    return unstack(jnp.moveaxis(x.reshape(group.repeats, -1, *x.shape[1:]), 1, 0))
-
-
-def join_repeats(parts: list[Array]) -> Array:
-    """Undoes `split_repeats`."""
-    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])

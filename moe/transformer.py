@@ -1,7 +1,6 @@
 """The decoder: blocks of attention and a gated MLP or experts, scanned and rematerialised."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,25 +8,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.attention import Attention, AttentionContext, LayerCache, attention_context
-from moe.balance import updated_bias
-from moe.config import DType, Remat, TransformerConfig
+from moe.attention_context import AttentionContext, attention_contexts
+from moe.attention_kinds import LayerCache, attention_module
+from moe.balance import BiasRule, updated_bias
+from moe.config import AttentionLike, DType, Remat, TransformerConfig
 from moe.errors import InputError
 from moe.experts import MoELayer
-from moe.layers import GatedMLP, RMSNorm, partitioned
+from moe.layers import GatedMLP, norm_of, partitioned, soft_cap
+from moe.routing import require_causal
 from moe.sharding import LogicalAxes, constrain
-from moe.stacking import (
-    LayerGroup,
-    join_repeats,
-    layer_groups,
-    layer_paths,
-    split_repeats,
-    unstack,
-)
+from moe.stacking import LayerGroup, LayerKind, layer_groups, layer_kinds, layer_paths, unstack
 from moe.types import KVCache, ModelOutput, RouterOutput
 
 ACTIVATION_AXES = ('batch', 'length', None)
-Caches = list[LayerCache] | None
+Caches = tuple[LayerCache, ...] | None
+Contexts = tuple[AttentionContext, ...]
 
 
 class Block(nn.Module):
@@ -35,12 +30,12 @@ class Block(nn.Module):
 
     Attributes:
         config: the model's.
-        has_experts: whether this layer routes to experts.
+        kind: this layer's attention, and whether it routes to experts.
         mesh: constrains activations where given.
     """
 
     config: TransformerConfig
-    has_experts: bool
+    kind: LayerKind
     mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
@@ -50,20 +45,24 @@ class Block(nn.Module):
         cache: LayerCache | None,
         context: AttentionContext,
         mask: Bool[Array, 'B T'],
+        tokens: Int[Array, 'B T'],
     ) -> tuple[Float[Array, 'B T D'], RouterOutput | None, LayerCache | None]:
         config = self.config
-        norm = functools.partial(RMSNorm, config.norm_eps, config.param_dtype)
-        attention = Attention(config, self.mesh, name='attention')
-        attended, cache = attention(norm(name='attention_norm')(x), cache, context)
+        attention: Any = attention_module(self.kind.attention, config, self.mesh, 'attention')
+        attended, cache = attention(norm_of(config, 'attention_norm')(x), cache, context)
+        if config.post_norms:
+            attended = norm_of(config, 'attention_post_norm')(attended)
         x = constrain(x + attended, ACTIVATION_AXES, self.mesh)
-        normed = norm(name='mlp_norm')(x)
+        normed = norm_of(config, 'mlp_norm')(x)
         settings = (config.activation, config.dtype, config.param_dtype, self.mesh)
         router = None
-        if self.has_experts:
+        if self.kind.has_experts:
             assert config.moe is not None
-            y, router = MoELayer(config.moe, *settings, name='moe')(normed, mask)
+            y, router = MoELayer(config.moe, *settings, name='moe')(normed, mask, tokens)
         else:
             y = GatedMLP(config.mlp_dim, *settings, name='mlp')(normed)
+        if config.post_norms:
+            y = norm_of(config, 'mlp_post_norm')(y)
         return constrain(x + y, ACTIVATION_AXES, self.mesh), router, cache
 
 
@@ -79,7 +78,7 @@ class Pattern(nn.Module):
     """Runs each layer of a group's pattern once: the body of the scan over its repeats."""
 
     config: TransformerConfig
-    pattern: tuple[bool, ...]
+    pattern: tuple[LayerKind, ...]
     mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
@@ -87,17 +86,21 @@ class Pattern(nn.Module):
         self,
         x: Float[Array, 'B T D'],
         caches: Caches,
-        context: AttentionContext,
+        contexts: Contexts,
         mask: Bool[Array, 'B T'],
-    ) -> tuple[Float[Array, 'B T D'], tuple[list[RouterOutput], list[LayerCache]]]:
+        tokens: Int[Array, 'B T'],
+    ) -> tuple[Float[Array, 'B T D'], tuple[list[RouterOutput], Caches]]:
         block = remat_block(self.config.remat, scanned=True)
+        kinds = attention_kinds(self.config)
         routers, extended = [], []
-        for j, has_experts in enumerate(self.pattern):
-            layer = block(self.config, has_experts, self.mesh, name=f'layer_{j}')
-            x, router, cache = layer(x, None if caches is None else caches[j], context, mask)
-            routers += [router] if has_experts else []
-            extended += [cache] if caches else []
-        return x, (routers, extended)
+        for j, kind in enumerate(self.pattern):
+            layer = block(self.config, kind, self.mesh, name=f'layer_{j}')
+            layer_cache = None if caches is None else caches[j]
+            context = contexts[kinds.index(kind.attention)]
+            x, router, cache = layer(x, layer_cache, context, mask, tokens)
+            routers += [router] if kind.has_experts else []
+            extended.append(cache)
+        return x, (routers, None if caches is None else tuple(extended))
 
 
 class Weight(nn.Module):
@@ -150,24 +153,34 @@ class Transformer(nn.Module):
             cache: of the tokens before these; it must have room for them.
             logits: whether to multiply by the head.
 
+        An rng named 'jitter' makes this a training pass: routers that have jitter then draw noise.
+
         Returns:
             Hidden states in the config's dtype, logits in float32 or None, one `RouterOutput` for
             each MoE layer, and the extended cache where one was given.
 
         Raises:
-            InputError: for a wrong dtype or shape, or more tokens than the cache has slots.
+            InputError: for a wrong dtype or shape, more tokens than the cache has slots, or a cache
+                where routing looks ahead.
         """
         config = self.config
         check_inputs(tokens, positions, segment_ids, mask, cache)
+        if cache is not None and config.moe is not None:
+            require_causal(config.moe.router, 'Decoding with a cache')
         if mask is None:
             mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
-        context, cache = attention_context(config, positions, segment_ids, tokens.shape, cache)
+        contexts, cache = attention_contexts(
+            attention_kinds(config), positions, segment_ids, tokens.shape, cache
+        )
         shape, axes = (config.vocab_size, config.embed_dim), ('vocab', 'embed')
         embedding = Weight('embedding', shape, axes, config.param_dtype, name='embed')()
         x = self._embed(embedding, tokens)
         layers = self._scan_layers if config.scan_layers else self._unroll_layers
-        x, routers, cache = layers(x, cache, context, mask)
-        hidden = RMSNorm(config.norm_eps, config.param_dtype, name='final_norm')(x)
+        caches = None if cache is None else cache.layers
+        x, routers, caches = layers(x, caches, contexts, mask, tokens)
+        if cache is not None:
+            cache = dataclasses.replace(cache, layers=caches)
+        hidden = norm_of(config, 'final_norm')(x)
         if config.tie_embeddings:
             head = embedding.T
         else:
@@ -175,67 +188,60 @@ class Transformer(nn.Module):
         if not logits:
             return ModelOutput(hidden, None, routers, cache)
         projected = constrain(hidden_logits(hidden, head), ('batch', 'length', 'vocab'), self.mesh)
-        return ModelOutput(hidden, projected, routers, cache)
+        return ModelOutput(hidden, soft_cap(projected, config.logit_soft_cap), routers, cache)
 
     def _embed(self, embedding: Array, tokens: Array) -> Array:
         # Rows are gathered whole: only the vocabulary of the table stays sharded.
         table = constrain(embedding, ('vocab', None), self.mesh)
         x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)
+        if self.config.scale_embedding:
+            x *= jnp.asarray(self.config.embed_dim**0.5, x.dtype)
         return constrain(x, ACTIVATION_AXES, self.mesh)
 
     def _unroll_layers(
-        self, x: Array, cache: KVCache | None, context: AttentionContext, mask: Array
-    ) -> tuple[Array, tuple[RouterOutput, ...], KVCache | None]:
+        self, x: Array, caches: Caches, contexts: Contexts, mask: Array, tokens: Array
+    ) -> tuple[Array, tuple[RouterOutput, ...], Caches]:
         config = self.config
-        block = remat_block(config.remat, scanned=False)
-        caches = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
+        block, kinds = remat_block(config.remat, scanned=False), attention_kinds(config)
         routers, extended = [], []
-        for i, has_experts in enumerate(config.moe_layers):
-            layer = block(config, has_experts, self.mesh, name=f'layer_{i}')
-            x, router, layer_cache = layer(x, None if caches is None else caches[i], context, mask)
-            routers += [router] if has_experts else []
+        for i, kind in enumerate(layer_kinds(config)):
+            layer = block(config, kind, self.mesh, name=f'layer_{i}')
+            layer_cache = None if caches is None else caches[i]
+            context = contexts[kinds.index(kind.attention)]
+            x, router, layer_cache = layer(x, layer_cache, context, mask, tokens)
+            routers += [router] if kind.has_experts else []
             extended.append(layer_cache)
-        if cache is not None:
-            keys, values = (jnp.stack(part) for part in zip(*extended, strict=True))
-            cache = dataclasses.replace(cache, keys=keys, values=values)
-        return x, tuple(routers), cache
+        return x, tuple(routers), None if caches is None else tuple(extended)
 
     def _scan_layers(
-        self, x: Array, cache: KVCache | None, context: AttentionContext, mask: Array
-    ) -> tuple[Array, tuple[RouterOutput, ...], KVCache | None]:
+        self, x: Array, caches: Caches, contexts: Contexts, mask: Array, tokens: Array
+    ) -> tuple[Array, tuple[RouterOutput, ...], Caches]:
         routers: list[RouterOutput] = []
-        extended: list[tuple[Array, Array]] = []
-        start = 0
-        for g, group in enumerate(layer_groups(self.config.moe_layers)):
-            caches = None if cache is None else group_caches(cache, start, group)
-            x, (stacked, new_caches) = self._scan(g, group)(x, caches, context, mask)
+        extended: list[LayerCache] = []
+        for g, group in enumerate(layer_groups(layer_kinds(self.config))):
+            done = len(extended)
+            own = None if caches is None else caches[done : done + len(group.pattern)]
+            x, (stacked, own) = self._scan(g, group)(x, own, contexts, mask, tokens)
             routers += unstack_routers(stacked)
-            if cache is not None:
-                extended.append(jax.tree.map(lambda *parts: join_repeats(list(parts)), *new_caches))
-            start += group.num_layers
-        if cache is not None:
-            keys, values = (jnp.concatenate(part) for part in zip(*extended, strict=True))
-            cache = dataclasses.replace(cache, keys=keys, values=values)
-        return x, tuple(routers), cache
+            extended += own or ()
+        return x, tuple(routers), None if caches is None else tuple(extended)
 
-    def _scan(self, g: int, group: LayerGroup) -> Any:
+    def _scan(self, g: int, group: LayerGroup[LayerKind]) -> Any:
         scan: Any = nn.scan
         scanned = scan(
             Pattern,
             variable_axes={'params': 0, 'routing': 0},
-            split_rngs={'params': True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            split_rngs={'params': True, 'jitter': True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=group.repeats,
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )
         return scanned(self.config, group.pattern, self.mesh, name=f'group_{g}')
 
 
-def group_caches(cache: KVCache, start: int, group: LayerGroup) -> list[LayerCache]:
-    """Takes one group's layers out of the cache: for each of its pattern, stacked over repeats."""
-    layers = slice(start, start + group.num_layers)
-    keys, values = (split_repeats(part[layers], group) for part in (cache.keys, cache.values))
-    return list(zip(keys, values, strict=True))
+def attention_kinds(config: TransformerConfig) -> tuple[AttentionLike, ...]:
+    """Returns each kind of attention once, in the order of the layers."""
+    return tuple(dict.fromkeys(config.attention_layers))
 
 
 def unstack_routers(stacked: list[RouterOutput]) -> list[RouterOutput]:
@@ -290,8 +296,33 @@ def output_head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
 
     Returns:
         [D, V] in the parameters' dtype.
+
+    Raises:
+        InputError: where logits are soft-capped: they are then more than a product.
     """
+    if config.logit_soft_cap is not None:
+        raise InputError(
+            f'A head stands for the logits only where model.logit_soft_cap is None; received '
+            f'{config.logit_soft_cap}. Ask the model for its logits.'
+        )
+    return _head(config, params)
+
+
+def _head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
     return params['embed']['embedding'].T if config.tie_embeddings else params['head']['kernel']
+
+
+def output_logits(
+    config: TransformerConfig, params: Any, hidden: Float[Array, 'B T D']
+) -> Float[Array, 'B T V']:
+    """Returns the model's logits of its last hidden states, float32.
+
+    Args:
+        config: the model's.
+        params: the unboxed `params` collection.
+        hidden: `ModelOutput.hidden`, or some positions of it.
+    """
+    return soft_cap(hidden_logits(hidden, _head(config, params)), config.logit_soft_cap)
 
 
 def hidden_logits(
@@ -303,7 +334,12 @@ def hidden_logits(
 
 
 def update_selection_bias(
-    config: TransformerConfig, routing: Any, load: Float[Array, 'layers E'], *, rate: float
+    config: TransformerConfig,
+    routing: Any,
+    load: Float[Array, 'layers E'],
+    *,
+    rate: float,
+    rule: BiasRule = 'sign',
 ) -> Any:
     """Moves every MoE layer's selection bias towards balance by its load; see `updated_bias`.
 
@@ -312,6 +348,7 @@ def update_selection_bias(
         routing: the unboxed `routing` collection; an empty one is returned as it is.
         load: of each MoE layer over the whole step: summed over micro-batches.
         rate: the step of the bias, in units of the router's score.
+        rule: 'sign' or 'proportional'.
 
     Returns:
         The new collection.
@@ -328,6 +365,6 @@ def update_selection_bias(
     def update(path: Any, bias: Array) -> Array:
         names = tuple(key.key for key in path)
         stacked = jnp.stack(loads[names[:2] if config.scan_layers else names[:1]])
-        return updated_bias(bias, stacked.reshape(bias.shape), rate=rate)
+        return updated_bias(bias, stacked.reshape(bias.shape), rate=rate, rule=rule)
 
     return jax.tree_util.tree_map_with_path(update, routing)

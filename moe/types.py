@@ -1,5 +1,7 @@
 """Pytree records that pass between the parts of a model."""
 
+from typing import Any
+
 import flax.struct
 from jaxtyping import Array, Float, Int
 
@@ -24,18 +26,43 @@ class RouterOutput:
 
 
 @flax.struct.dataclass
-class KVCache:
-    """Keys and values of the positions seen so far, for every layer.
+class KeyValueCache:
+    """Keys and values that one layer keeps.
 
     Attributes:
-        keys: `S` preallocated positions.
+        keys: of `S` tokens from the first on, or, where queries see a window, of the last `S`:
+            token `t` then stands in slot `t % S`.
         values: likewise.
-        segment_ids: of the cached positions; 0 marks an empty slot or padding.
+    """
+
+    keys: Float[Array, 'B S Hkv Dh']
+    values: Float[Array, 'B S Hkv Dh']
+
+
+@flax.struct.dataclass
+class LatentCache:
+    """What one layer of latent attention keeps: of each token its latent, and a rotated key.
+
+    Attributes:
+        latents: the normalised latent, and after it the channels of the key that all heads share.
+    """
+
+    latents: Float[Array, 'B S latent']
+
+
+@flax.struct.dataclass
+class KVCache:
+    """What every layer keeps of the tokens so far, in `S` slots.
+
+    Attributes:
+        layers: for each of the model's blocks what its attention keeps (`KeyValueCache`,
+            `LatentCache`, `LinearCache`); with `scan_layers` one block stacks the layers of one
+            place in the scanned pattern, along a leading axis, as its parameters do.
+        segment_ids: of the tokens so far; 0 marks an empty slot or padding.
         length: slots filled so far; the next token is written here.
     """
 
-    keys: Float[Array, 'L B S Hkv Dh']
-    values: Float[Array, 'L B S Hkv Dh']
+    layers: tuple[Any, ...]
     segment_ids: Int[Array, 'B S']
     length: Int[Array, '']
 

@@ -9,13 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.attention import (
-    Attention,
-    attention_context,
-    attention_mask,
-    empty_cache,
-    segment_positions,
-)
+from moe.attention import Attention
+from moe.attention_context import attention_contexts, attention_mask, segment_positions
+from moe.attention_kinds import empty_cache
 from moe.config import AttentionConfig, TransformerConfig
 from moe.dot_product import dot_product_attention
 
@@ -77,8 +73,8 @@ def test_attention_equals_a_loop_over_queries_and_heads(qk_norm, kv_heads):
     x = normal(0, 2, 7, 12)
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1]])
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4]])
-    context, _ = attention_context(config, positions, segments, (2, 7), None)
-    layer = Attention(config)
+    (context,), _ = attention_contexts((config.attention,), positions, segments, (2, 7), None)
+    layer = Attention(config.attention, config)
     params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x, None, context))['params']
     params = jax.tree.map(lambda leaf: leaf + 0.3 * normal(1, *leaf.shape), params)
     y, cache = jax.jit(layer.apply)({'params': params}, x, None, context)
@@ -100,7 +96,7 @@ def plain(q, k, v, allowed):
 def test_blocks_and_their_backward_pass_equal_the_plain_formula(length):
     q, k, v, cotangent = (normal(i, 2, length, heads, 4) for i, heads in enumerate([4, 2, 2, 4]))
     segments = jnp.stack([jnp.arange(length) // 50 + 1, jnp.ones(length, int)])
-    allowed = attention_mask(jnp.arange(length), segments, segments, length)
+    allowed = attention_mask(jnp.arange(length), jnp.arange(length), segments, segments)
 
     @jax.jit
     def both(q, k, v):
@@ -133,7 +129,7 @@ def test_positions_count_from_the_start_of_each_segment():
 
 def test_mask_is_causal_within_segments_and_never_empty():
     segments = jnp.array([[0, 1, 1, 2]])
-    allowed = attention_mask(jnp.arange(4), segments, segments, 4)
+    allowed = attention_mask(jnp.arange(4), jnp.arange(4), segments, segments)
     expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
     np.testing.assert_array_equal(allowed[0], np.array(expected, bool))
 
@@ -141,7 +137,8 @@ def test_mask_is_causal_within_segments_and_never_empty():
 def test_an_empty_cache_has_the_shape_and_dtype_of_the_model():
     config = dataclasses.replace(config_of('none', 2), dtype='bfloat16')
     cache = empty_cache(config, 3, 10)
-    assert cache.keys.shape == cache.values.shape == (1, 3, 10, 2, 6)
-    assert cache.keys.dtype == jnp.bfloat16
+    (layers,) = cache.layers
+    assert layers.keys.shape == layers.values.shape == (1, 3, 10, 2, 6)
+    assert layers.keys.dtype == jnp.bfloat16
     assert int(cache.length) == 0
     assert not cache.segment_ids.any()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.attention import empty_cache
+from moe.attention_kinds import empty_cache
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.errors import InputError
 from moe.sharding import MeshConfig, init_sharded, logical_axes, make_mesh

@@ -1,0 +1,99 @@
+"""Which module and which cache each kind of attention has: all that tells one from another."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moe.attention import Attention, empty_key_value_cache
+from moe.config import (
+    AttentionConfig,
+    AttentionLike,
+    DType,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    TransformerConfig,
+)
+from moe.latent_attention import LatentAttention, empty_latent_cache
+from moe.linear_attention import LinearAttention, LinearCache, empty_linear_cache
+from moe.stacking import LayerKind, layer_groups, layer_kinds
+from moe.types import KeyValueCache, KVCache, LatentCache
+
+LayerCache = KeyValueCache | LatentCache | LinearCache
+
+
+def attention_module(
+    kind: AttentionLike, config: TransformerConfig, mesh: jax.sharding.Mesh | None, name: str
+) -> nn.Module:
+    """Returns the module of one layer's attention: called on (x, cache, context), gives (y, cache).
+
+    Args:
+        kind: of attention.
+        config: the model's.
+        mesh: constrains heads where given.
+        name: of the module.
+    """
+    match kind:
+        case AttentionConfig():
+            return Attention(kind, config, mesh, name=name)
+        case LatentAttentionConfig():
+            return LatentAttention(kind, config, mesh, name=name)
+        case LinearAttentionConfig():
+            return LinearAttention(kind, config.norm_eps, config.param_dtype, mesh, name=name)
+
+
+def empty_layer_cache(
+    kind: AttentionLike, batch: int, num_slots: int, dtype: DTypeLike
+) -> LayerCache:
+    """Preallocates what one layer keeps of up to `num_slots` tokens.
+
+    Args:
+        kind: of attention.
+        batch: `B`.
+        num_slots: tokens that will ever be given.
+        dtype: of what is cached; a linear layer's state is float32 whatever it says.
+    """
+    match kind:
+        case AttentionConfig():
+            return empty_key_value_cache(kind, batch, num_slots, dtype)
+        case LatentAttentionConfig():
+            return empty_latent_cache(kind, batch, num_slots, dtype)
+        case LinearAttentionConfig():
+            return empty_linear_cache(kind, batch, dtype)
+
+
+def empty_cache(
+    config: TransformerConfig, batch: int, num_slots: int, dtype: DType | None = None
+) -> KVCache:
+    """Preallocates what every layer keeps of up to `num_slots` tokens.
+
+    That is keys and values; only those of a window where there is one; latents with latent
+    attention; and with linear attention a state whose size does not depend on `num_slots`.
+
+    Args:
+        config: the model's.
+        batch: `B`.
+        num_slots: `S`, at least as many as tokens will ever be given.
+        dtype: of keys, values and latents; the model's activation dtype where None.
+
+    Returns:
+        A cache of length 0.
+    """
+    kept = dtype or config.dtype
+
+    def of_kind(kind: LayerKind) -> LayerCache:
+        return empty_layer_cache(kind.attention, batch, num_slots, kept)
+
+    def stacked(kind: LayerKind, repeats: int) -> LayerCache:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), of_kind(kind))
+
+    kinds = layer_kinds(config)
+    if config.scan_layers:
+        layers = [stacked(k, group.repeats) for group in layer_groups(kinds) for k in group.pattern]
+    else:
+        layers = [of_kind(kind) for kind in kinds]
+    return KVCache(
+        layers=tuple(layers),
+        segment_ids=jnp.zeros((batch, num_slots), jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
