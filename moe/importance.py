@@ -1,16 +1,20 @@
 """How much channels, hidden units, heads and layers do on a calibration batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from moe.layers import gated_activation, linear, rms_norm
 from moe.observe import Calibration, Call, Path, observe, token_mean
 from moe.transformer import Transformer
 from moe.unstacked import Tree
+
+RESIDUAL_NORMS = ('attention_norm', 'mlp_norm', 'final_norm')
 
 
 @flax.struct.dataclass
@@ -48,7 +52,7 @@ def importance(model: Transformer, variables: Tree, calibration: Calibration) ->
         measured after the output projection; layers by ShortGPT, arXiv 2403.03853.
     """
     seen = observe(model, variables, calibration, _measure_importance)
-    norms = [value for path, value in seen.items() if path[-1].endswith('_norm')]
+    norms = [value for path, value in seen.items() if path[-1] in RESIDUAL_NORMS]
     names = [f'layer_{i}' for i in range(model.config.num_layers)]
     return Importance(
         embed=jnp.mean(jnp.stack([norm['magnitude'] for norm in norms]), axis=0),
@@ -59,10 +63,21 @@ def importance(model: Transformer, variables: Tree, calibration: Calibration) ->
     )
 
 
+def of_layers(importance: Importance, keep: Sequence[int]) -> Importance:
+    """Returns what belongs to the kept layers of a model, in their order."""
+    return Importance(
+        embed=importance.embed,
+        embed_energy=importance.embed_energy,
+        mlp=tuple(importance.mlp[i] for i in keep),
+        heads=tuple(importance.heads[i] for i in keep),
+        layers=importance.layers[np.asarray(keep)],
+    )
+
+
 def _measure_importance(path: Path, call: Call, mask: Array) -> Any:
     if len(path) == 1 and path[0].startswith('layer_'):
         return _block_influence(call, mask)
-    if path[-1] in ('attention_norm', 'mlp_norm', 'final_norm'):
+    if path[-1] in RESIDUAL_NORMS:
         return _channels(call, mask)
     if path[1:] == ('attention',):
         return _heads(call, mask)

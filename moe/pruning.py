@@ -1,6 +1,7 @@
 """Narrower and shallower models: channels, hidden units, heads and layers left out."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from moe.config import TransformerConfig
+from moe.config import AttentionConfig, AttentionLike, TransformerConfig
 from moe.errors import InputError
 from moe.importance import Importance
 from moe.sharding import logical_axes
@@ -50,28 +51,24 @@ def choose_width(
     Args:
         importance: measured on the model of `config`.
         config: of the wider model.
-        target: whose `embed_dim`, `mlp_dim`, `num_heads` and `num_kv_heads` are reached.
+        target: as deep; its `embed_dim`, `mlp_dim` and each layer's `num_heads` and `num_kv_heads`
+            are reached.
 
     Raises:
-        InputError: where `target` is wider than `config` in one of these, or has more query heads
-            for each key-value head.
+        InputError: where `target` is wider than `config` in one of these, has more query heads for
+            each key-value head, or another attention or depth.
     """
-    old, new = config.attention, target.attention
-    limits = {
-        'embed_dim': (config.embed_dim, target.embed_dim),
-        'mlp_dim': (config.mlp_dim, target.mlp_dim),
-        'attention.num_kv_heads': (old.num_kv_heads, new.num_kv_heads),
-        'attention.num_heads / num_kv_heads': (
-            old.num_heads // old.num_kv_heads,
-            new.num_heads // new.num_kv_heads,
-        ),
-    }
-    for name, (most, asked) in limits.items():
-        if asked > most:
-            raise InputError(f'Pruning can only narrow: {name} is {most}; received {asked}.')
+    _require_narrower('embed_dim', config.embed_dim, target.embed_dim)
+    _require_narrower('mlp_dim', config.mlp_dim, target.mlp_dim)
+    if config.num_layers != target.num_layers:
+        raise InputError(
+            f'choose_width needs models of one depth: {config.num_layers}; received '
+            f'{target.num_layers}. Prune the depth first.'
+        )
     embed = _top(importance.embed, target.embed_dim)
     energy = np.asarray(importance.embed_energy)
-    heads = [_top_heads(scores, config, target) for scores in importance.heads]
+    kinds = zip(importance.heads, config.attention_layers, target.attention_layers, strict=True)
+    heads = [_top_heads(scores, old, new) for scores, old, new in kinds]
     return Kept(
         embed=embed,
         mlp=tuple(
@@ -105,24 +102,27 @@ def prune_width(
     Source: Minitron, arXiv 2407.14679, section 2; the correction of the norms is ours.
     """
     axes = logical_axes(Transformer(unrolled(config)))['params']
-    gain = (kept.embed_energy * config.embed_dim / len(kept.embed)) ** 0.5
+    ratio = config.embed_dim / len(kept.embed)
+    cut = functools.partial(
+        _cut, gain=(kept.embed_energy * ratio) ** 0.5, offset=float(config.norm_unit_offset)
+    )
     layers, rest = split_layers(config, params)
     for i, layer in enumerate(layers):
         indices = {'embed': kept.embed, 'kv_heads': kept.kv_heads[i], 'heads': kept.heads[i]}
         hidden = kept.mlp[i]
         if hidden is not None:
             indices['mlp'] = hidden
-        layers[i] = _cut(layer, axes[f'layer_{i}'], indices, gain)
-    rest = _cut(rest, {name: axes[name] for name in rest}, {'embed': kept.embed}, gain)
+        layers[i] = cut(layer, axes[f'layer_{i}'], indices)
+    rest = cut(rest, {name: axes[name] for name in rest}, {'embed': kept.embed})
+    if config.scale_embedding:
+        rest = _rescaled(rest, ratio**0.5, config)
+    kinds = zip(config.attention_layers, kept.heads, kept.kv_heads, strict=True)
     widths = [len(hidden) for hidden in kept.mlp if hidden is not None]
-    attention = dataclasses.replace(
-        config.attention, num_heads=len(kept.heads[0]), num_kv_heads=len(kept.kv_heads[0])
-    )
     target = dataclasses.replace(
         config,
         embed_dim=len(kept.embed),
         mlp_dim=widths[0] if widths else config.mlp_dim,
-        attention=attention,
+        attention=_pattern([_with_heads(kind, len(h), len(kv)) for kind, h, kv in kinds]),
     )
     return target, join_layers(target, layers, rest)
 
@@ -170,7 +170,8 @@ def prune_depth(
     moe = None
     if config.moe is not None and with_experts:
         moe = dataclasses.replace(config.moe, layers=with_experts)
-    target = dataclasses.replace(config, num_layers=len(keep), moe=moe)
+    attention = _pattern([config.attention_layers[i] for i in keep])
+    target = dataclasses.replace(config, num_layers=len(keep), attention=attention, moe=moe)
     params = join_layers(target, [layers[i] for i in keep], rest)
     return target, params, join_layers(target, [biases[i] for i in keep], {})
 
@@ -180,24 +181,65 @@ def _top(scores: Any, count: int) -> Indices:
     return np.sort(np.argsort(-np.asarray(scores), kind='stable')[:count])
 
 
-def _top_heads(
-    scores: Any, config: TransformerConfig, target: TransformerConfig
-) -> tuple[Indices, Indices]:
+def _top_heads(scores: Any, old: AttentionLike, new: AttentionLike) -> tuple[Indices, Indices]:
     """Returns the kept key-value heads, and the query heads of each in turn."""
-    by_group = np.asarray(scores).reshape(config.attention.num_kv_heads, -1)
-    kv_heads = _top(by_group.sum(axis=1), target.attention.num_kv_heads)
-    count = target.attention.num_heads // target.attention.num_kv_heads
+    if _with_heads(new, old.num_heads, _kv_heads(old)) != old:
+        raise InputError(
+            f'Pruning changes the number of heads and nothing else of attention: the source has '
+            f'{old}, the target {new}.'
+        )
+    num_kv_heads, count = _kv_heads(new), new.num_heads // _kv_heads(new)
+    by_group = np.asarray(scores).reshape(_kv_heads(old), -1)
+    _require_narrower('attention.num_kv_heads', len(by_group), num_kv_heads)
+    _require_narrower('attention.num_heads / num_kv_heads', by_group.shape[1], count)
+    kv_heads = _top(by_group.sum(axis=1), num_kv_heads)
     queries = [kv * by_group.shape[1] + _top(by_group[kv], count) for kv in kv_heads]
     return kv_heads, np.concatenate(queries)
 
 
-def _cut(tree: Tree, axes: Tree, indices: Mapping[str, Indices], gain: float) -> Tree:
+def _kv_heads(kind: AttentionLike) -> int:
+    """Returns the heads that are kept whole: where keys are not shared, every one."""
+    return kind.num_kv_heads if isinstance(kind, AttentionConfig) else kind.num_heads
+
+
+def _with_heads(kind: AttentionLike, num_heads: int, num_kv_heads: int) -> AttentionLike:
+    if isinstance(kind, AttentionConfig):
+        return dataclasses.replace(kind, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    return dataclasses.replace(kind, num_heads=num_heads)
+
+
+def _pattern(kinds: Sequence[AttentionLike]) -> AttentionLike | tuple[AttentionLike, ...]:
+    return kinds[0] if len(set(kinds)) == 1 else tuple(kinds)
+
+
+def _require_narrower(name: str, most: int, asked: int) -> None:
+    if asked > most:
+        raise InputError(f'Pruning can only narrow: {name} is {most}; received {asked}.')
+
+
+def _cut(
+    tree: Tree, axes: Tree, indices: Mapping[str, Indices], *, gain: float, offset: float
+) -> Tree:
+    """Takes the indices of each named axis; multiplies the norms of the residual stream."""
+
     def cut(path: Any, x: Array, names: tuple[str | None, ...]) -> Array:
-        # The scale of a norm of the residual stream is replicated: its axis has no name.
-        is_norm = path[-1].key == 'scale' and names == (None,)
-        for axis, name in enumerate(('embed',) if is_norm else names):
+        # Vectors of the residual stream are replicated, and so have no name: norms and a bias.
+        is_norm = len(path) == 2 and path[-1].key == 'scale'
+        if is_norm or path[-1].key == 'o_bias':
+            names = ('embed',)
+        for axis, name in enumerate(names):
             if name is not None and name in indices:
                 x = jnp.take(x, indices[name], axis=axis)
-        return (x * gain).astype(x.dtype) if is_norm else x
+        return ((x + offset) * gain - offset).astype(x.dtype) if is_norm else x
 
     return jax.tree_util.tree_map_with_path(cut, tree, axes)
+
+
+def _rescaled(rest: Tree, factor: float, config: TransformerConfig) -> Tree:
+    """Makes up for embeddings that the model multiplies by the root of a smaller width."""
+    scaled = {**rest, 'embed': jax.tree.map(lambda x: x * factor, rest['embed'])}
+    if config.tie_embeddings:
+        offset = float(config.norm_unit_offset)
+        scale = (rest['final_norm']['scale'] + offset) / factor - offset
+        scaled['final_norm'] = {'scale': scale}
+    return scaled

@@ -53,7 +53,15 @@ __all__ = [
 ]
 
 # How a model is stored and run, not what it computes: any method may change these.
-EXECUTION = ('scan_layers', 'remat', 'dtype', 'param_dtype', 'moe.dispatch', 'moe.capacity_factor')
+EXECUTION = (
+    'scan_layers',
+    'remat',
+    'dtype',
+    'param_dtype',
+    'moe.dispatch',
+    'moe.capacity_factor',
+    'moe.router.jitter',
+)
 COMMON = ('source', 'variables', 'target', 'key', 'calibration')
 EXPERT_COUNTS = ('moe.router.num_experts', 'moe.router.experts_per_token')
 
@@ -83,8 +91,7 @@ METHODS: dict[str, Method] = {
             'embed_dim',
             'mlp_dim',
             'num_layers',
-            'attention.num_heads',
-            'attention.num_kv_heads',
+            'attention',
             'moe.layers',
             'moe.first_dense_layers',
             'moe.layer_step',

@@ -13,7 +13,7 @@ from moe.config import RouterConfig, TransformerConfig
 from moe.densify import average_experts, concatenate_experts, dense_width
 from moe.errors import InputError
 from moe.fewer_experts import best_experts, prune_experts
-from moe.importance import importance
+from moe.importance import importance, of_layers
 from moe.merge import cluster_experts, merge_experts, weight_features
 from moe.observe import Calibration
 from moe.pruning import choose_layers, choose_width, prune_depth, prune_width
@@ -65,10 +65,11 @@ def pruned(
 ) -> Built:
     """Leaves out the least important layers, channels, hidden units and heads, all at once."""
     measured = importance(Transformer(source), variables, calibration)
-    kept = choose_width(measured, source, target)
-    layers = choose_layers(measured, target.num_layers)
-    narrow, params = prune_width(source, variables['params'], kept)
-    return prune_depth(narrow, params, variables.get('routing', {}), layers)
+    keep = choose_layers(measured, target.num_layers)
+    routing = variables.get('routing', {})
+    shallow, params, routing = prune_depth(source, variables['params'], routing, keep)
+    kept = choose_width(of_layers(measured, keep), shallow, target)
+    return *prune_width(shallow, params, kept), routing
 
 
 def with_experts_pruned(
