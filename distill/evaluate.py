@@ -22,6 +22,9 @@ from moe.errors import InputError
 from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
+# Of those that `load_statistics` computes, what a summary has.
+EXPERT_STATISTICS = ('max_violation', 'entropy', 'drop_fraction')
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -168,8 +171,8 @@ def expert_statistics(evaluation: Evaluation) -> list[dict[str, float | int]]:
     layers = zip(evaluation.expert_layers, evaluation.load, evaluation.dropped, strict=True)
     for layer, load, dropped in layers:
         statistics = load_statistics(jnp.asarray(load, jnp.float32), float(dropped))
-        numbers = {name: float(number) for name, number in statistics.items()}
-        rows.append({'layer': layer, **numbers, 'dead_experts': int(numbers['dead_experts'])})
+        numbers = {name: float(statistics[name]) for name in EXPERT_STATISTICS}
+        rows.append({'layer': layer, **numbers, 'dead_experts': int(statistics['dead_experts'])})
     return rows
 
 

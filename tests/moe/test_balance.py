@@ -111,8 +111,12 @@ def test_load_statistics_by_hand():
     balanced = load_statistics(jnp.full(4, 3.0))
     np.testing.assert_allclose(balanced['max_violation'], 0.0, atol=1e-6)
     np.testing.assert_allclose(balanced['entropy'], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(balanced['gini'], 0.0, atol=1e-6)
+    # All pairs of (6, 2, 0, 0) differ by 4, 6, 6, 2, 2, 0: counted twice, over 16 pairs and 2 * 2.
+    np.testing.assert_allclose(stats['gini'], 2 * 20 / 16 / 4, rtol=1e-6)
     empty = load_statistics(jnp.zeros(4))
-    assert [float(v) for v in empty.values()] == [0, 0, 4, 0]
+    assert empty.pop('dead_experts') == 4
+    assert [float(v) for v in empty.values()] == [0, 0, 0, 0]
 
 
 SKEW = jnp.array([4.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.0])
