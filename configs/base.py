@@ -29,7 +29,7 @@ def model() -> ml_collections.ConfigDict:
             embed_dim=128,
             mlp_dim=384,
             attention=attention(),
-            activation='silu',  # 'silu' or 'gelu'
+            activation='silu',  # 'silu', 'gelu' or 'clamped_swiglu'
             norm_eps=1e-6,
             tie_embeddings=True,
             scan_layers=True,
@@ -52,11 +52,19 @@ def experts() -> ml_collections.ConfigDict:
                 scale=1.0,
                 eps=1e-20,
                 selection_bias=False,
+                choice='token',  # or 'expert', 'hash', 'soft'
+                num_groups=1,  # of experts, of which a token's come from
+                groups_kept=1,
+                bias=False,  # learnt, of the logits
+                jitter=0.0,  # noise on the input while training, in [0, 1)
+                hash_seed=0,  # of choice='hash'
+                slots=1,  # of each expert in each row, of choice='soft'
             ),
             expert_dim=128,
             shared_dim=0,  # hidden width of the shared expert; 0 for none
             dispatch='grouped',  # 'grouped' (dropless), 'capacity' or 'dense'
             capacity_factor=1.25,
+            bias=False,  # of the experts' projections
             first_dense_layers=0,
             layer_step=1,
             layers=config_dict.placeholder(tuple),
@@ -127,7 +135,13 @@ def get_config() -> ml_collections.ConfigDict:
         model=model(),
         optimizer=optimizer(),
         train=training(steps=400),
-        balance=dict(load_balance_weight=0.0, router_z_weight=0.0, selection_bias_rate=1e-3),
+        balance=dict(
+            load_balance_weight=0.0,
+            load_balance_scope='sequence',  # or 'micro_batch', 'global'
+            router_z_weight=0.0,
+            selection_bias_rate=1e-3,
+            selection_bias_rule='sign',  # or 'proportional'
+        ),
         terms=dict(
             kl=term('forward_kl', weight=0.9),
             ce=term('cross_entropy', weight=0.1),

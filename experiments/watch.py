@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,6 +54,7 @@ class Watch:
         self._started = time.perf_counter()
         self._window = Metrics()
         self._since_checkpoint = Metrics()
+        self._load: Any = None
         self._line = ProgressLine(stage, config.steps, sys.stderr)
         self._writer = (
             JsonlWriter(folder / 'metrics.jsonl', restored_step=restored_step or None)
@@ -78,6 +80,8 @@ class Watch:
         """Adds up one step's metrics, and writes the means of every `log_every` steps."""
         for window in (self._window, self._since_checkpoint):
             window.add(metrics.pairs)
+        if metrics.load is not None:
+            self._load = metrics.load if self._load is None else self._load + metrics.load
         logged = step % self._config.log_every == 0 or step == self._config.steps
         if step > 1 and not logged:
             return
@@ -86,7 +90,8 @@ class Watch:
         tokens = (step - self._first_step) * self._tokens_per_step
         self._line.update(step, tokens=tokens, loss=means.get('loss'))
         if self._writer is not None:
-            self._writer.write(step, means | _expert_metrics(metrics))
+            self._writer.write(step, means | _expert_metrics(metrics, self._load))
+        self._load = None
 
     def save(self, state: TrainState, position: dict[str, Any], wait: bool) -> None:
         """Starts a checkpoint; returns when it is durable where `wait`."""
@@ -106,12 +111,19 @@ class Watch:
         return max(complete_steps(self._manager.directory), default=None)
 
 
-def _expert_metrics(metrics: StepMetrics) -> dict[str, float]:
-    """Returns each MoE layer's load statistics of one step."""
-    if metrics.load is None or metrics.dropped is None:
+def _expert_metrics(metrics: StepMetrics, window_load: Any) -> dict[str, float]:
+    """Returns each MoE layer's statistics of one step, and its MaxVio over the steps since a row.
+
+    An expert may be overloaded in every batch (`max_violation`) and yet not in their sum
+    (`max_violation_global`).
+    """
+    if metrics.load is None:
         return {}
+    step = jax.device_get((metrics.load, metrics.dropped, metrics.confidence, window_load))
     rows = {}
-    for layer, (load, dropped) in enumerate(zip(metrics.load, metrics.dropped, strict=True)):
+    for layer, (load, dropped, confidence, total) in enumerate(zip(*step, strict=True)):
         statistics = load_statistics(jnp.asarray(load), jnp.asarray(dropped))
+        statistics['max_violation_global'] = load_statistics(jnp.asarray(total))['max_violation']
+        statistics['confidence'] = confidence
         rows |= {f'moe_{layer}/{name}': float(np.asarray(v)) for name, v in statistics.items()}
     return rows

@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
-from moe.config import DType, TransformerConfig, require
+from moe.config import DType, TransformerConfig
+from moe.routing import RouterConfig
+from moe.validation import require
 
 BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
 
@@ -63,18 +65,21 @@ def parameter_report(config: TransformerConfig) -> ParameterReport:
     Returns:
         The counts; they equal those of the initialized model exactly.
     """
-    weights = _matrices(config)
+    weights, biases = _matrices(config), _biases(config)
     parts = {
         'embedding': config.vocab_size * config.embed_dim,
         'head': 0 if config.tie_embeddings else weights['head'],
         'attention': weights['attention'],
         'norms': _norm_scales(config),
-        **{name: weights[name] for name in ('mlp', 'router', 'shared', 'experts')},
+        **{name: weights[name] for name in ('mlp', 'shared')},
+        'router': weights['router'] + biases['router'],
+        'experts': weights['experts'] + biases['experts'],
     }
     total = sum(parts.values())
+    chosen = 0 if config.moe is None else _chosen(config.moe.router, parts['experts'])
     return ParameterReport(
         total=total,
-        active=total - parts['experts'] + _chosen_experts(config),
+        active=total - parts['experts'] + chosen,
         embedding=parts['embedding'] + parts['head'],
         by_part=parts,
     )
@@ -105,7 +110,15 @@ def flops_per_token(
     """
     require(context_length >= 1, 'context_length', 'at least 1', context_length)
     parts = {name: 2 * size for name, size in _matrices(config).items()}
-    parts['experts'] = 2 * _chosen_experts(config)
+    if config.moe is not None:
+        router = config.moe.router
+        # Soft experts compute their slots, whatever the number of tokens.
+        soft = router.choice == 'soft'
+        parts['experts'] = (
+            parts['experts'] * router.slots // context_length
+            if soft
+            else _chosen(router, parts['experts'])
+        )
     keys_twice = context_length + 1 if causal else 2 * context_length
     width = config.attention.num_heads * config.attention.head_dim
     parts['attention_scores'] = config.num_layers * 2 * width * keys_twice
@@ -143,13 +156,14 @@ def bytes_per_token(
     """
     require(batch >= 1, 'batch', 'at least 1', batch)
     require(context_length >= 1, 'context_length', 'at least 1', context_length)
-    weights = _matrices(config)
+    weights, biases = _matrices(config), _biases(config)
     experts_read = 0.0
     if config.moe is not None:
         router = config.moe.router
         chosen = 1 - (1 - router.experts_per_token / router.num_experts) ** batch
-        experts_read = weights['experts'] * chosen
-    shared_read = sum(weights.values()) - weights['experts'] + _norm_scales(config)
+        experts_read = (weights['experts'] + biases['experts']) * chosen
+    shared_read = sum(weights.values()) - weights['experts'] + biases['router']
+    shared_read += _norm_scales(config)
     elements = (shared_read + experts_read) / batch + config.embed_dim
     kv_width = config.attention.num_kv_heads * config.attention.head_dim
     cache = 2 * config.num_layers * kv_width * context_length
@@ -172,18 +186,30 @@ def _matrices(config: TransformerConfig) -> dict[str, int]:
         'experts': 0,
     }
     if moe is not None:
-        sizes['router'] = moe_layers * D * moe.router.num_experts
+        sizes['router'] = moe_layers * D * _router_outputs(moe.router)
         sizes['shared'] = moe_layers * 3 * D * moe.shared_dim
         sizes['experts'] = moe_layers * moe.router.num_experts * 3 * D * moe.expert_dim
     return sizes
 
 
-def _chosen_experts(config: TransformerConfig) -> int:
-    """Elements of the `K` experts that one token passes, summed over layers."""
-    if config.moe is None:
-        return 0
-    one_expert = 3 * config.embed_dim * config.moe.expert_dim
-    return sum(config.moe_layers) * config.moe.router.experts_per_token * one_expert
+def _router_outputs(router: RouterConfig) -> int:
+    return router.num_experts * (router.slots if router.choice == 'soft' else 1)
+
+
+def _biases(config: TransformerConfig) -> dict[str, int]:
+    """Elements of the learnt biases of routers and experts, summed over layers."""
+    sizes, moe = {'router': 0, 'experts': 0}, config.moe
+    if moe is not None and moe.router.bias:
+        sizes['router'] = sum(config.moe_layers) * _router_outputs(moe.router)
+    if moe is not None and moe.bias:
+        one_expert = 2 * moe.expert_dim + config.embed_dim
+        sizes['experts'] = sum(config.moe_layers) * moe.router.num_experts * one_expert
+    return sizes
+
+
+def _chosen(router: RouterConfig, all_experts: int) -> int:
+    """Of what all `E` experts have, the part of the `K` that one token passes."""
+    return all_experts // router.num_experts * router.experts_per_token
 
 
 def _norm_scales(config: TransformerConfig) -> int:
