@@ -1,4 +1,4 @@
-"""Every test sees eight CPU devices, float32 products in full precision, and no stray promotion."""
+"""Every test sees eight CPU devices."""
 
 import os
 
@@ -17,7 +17,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
-jax.config.update('jax_threefry_partitionable', True)
 
 
 def pytest_sessionstart() -> None:
