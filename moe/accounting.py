@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from moe.attention_cost import AttentionCost, attention_cost
 from moe.config import DType, TransformerConfig
 from moe.routing import RouterConfig
 from moe.validation import require
@@ -34,7 +35,8 @@ class Flops:
 
     Attributes:
         total: the sum of `by_part`.
-        by_part: attention, attention_scores, mlp, router, shared, experts, head.
+        by_part: attention, attention_scores (with linear attention the products with its state),
+            mlp, router, shared, experts, head.
     """
 
     total: int
@@ -48,7 +50,7 @@ class DecodeBytes:
     Attributes:
         total: `weights + cache`.
         weights: the token's share of the weights that one step reads.
-        cache: keys and values of the token's own context.
+        cache: of the token's own context: keys and values, latents, states.
     """
 
     total: float
@@ -69,7 +71,7 @@ def parameter_report(config: TransformerConfig) -> ParameterReport:
     parts = {
         'embedding': config.vocab_size * config.embed_dim,
         'head': 0 if config.tie_embeddings else weights['head'],
-        'attention': weights['attention'],
+        'attention': weights['attention'] + biases['attention'],
         'norms': _norm_scales(config),
         **{name: weights[name] for name in ('mlp', 'shared')},
         'router': weights['router'] + biases['router'],
@@ -92,9 +94,10 @@ def flops_per_token(
 
     Every matrix product counts 2 for each weight that acts on the token: attention projections, the
     gated MLP, the router, the shared expert, the `K` chosen experts, the head. Scores and their
-    product with the values add `4 H Dh` for each key that a query attends to: `(T + 1) / 2` of them
-    on average. Norms, RoPE, softmax, activations and the embedding's look-up, which are not
-    products, count nothing.
+    product with the values add `4 H Dh` for each key that a query attends to (latent attention
+    `2 H (key + value channels)`): `(T + 1) / 2` of them on average, fewer in a window. Linear
+    attention adds `6 H Dk Dv`, the products of its recurrence. Norms, RoPE, softmax, activations,
+    biases and the embedding's look-up, which are not products, count nothing.
 
     Args:
         config: the model.
@@ -103,7 +106,7 @@ def flops_per_token(
             `T x T` scores (XLA's own count of this package's attention).
 
     Returns:
-        Forward FLOPs per token.
+        Forward FLOPs per token, rounded down to whole ones.
 
     Raises:
         InputError: where `context_length` is below 1.
@@ -119,9 +122,11 @@ def flops_per_token(
             if soft
             else _chosen(router, parts['experts'])
         )
-    keys_twice = context_length + 1 if causal else 2 * context_length
-    width = config.attention.num_heads * config.attention.head_dim
-    parts['attention_scores'] = config.num_layers * 2 * width * keys_twice
+    scores = 0
+    for cost in _attention_costs(config):
+        pairs = cost.pairs(context_length) if causal else context_length**2
+        scores += cost.flops_per_key * pairs + cost.state_flops * context_length
+    parts['attention_scores'] = scores // context_length
     return Flops(total=sum(parts.values()), by_part=parts)
 
 
@@ -144,9 +149,10 @@ def bytes_per_token(
     Args:
         config: the model.
         batch: `B`, sequences decoded together, at least 1.
-        context_length: positions of keys and values read for each sequence, at least 1.
+        context_length: tokens of each sequence, at least 1; a window reads the last of them.
         param_dtype: of the stored weights; default the config's.
-        cache_dtype: of keys and values; default the config's activations'.
+        cache_dtype: of keys, values and latents; default the config's activations'. The states of
+            linear attention are float32.
 
     Returns:
         Bytes per token.
@@ -162,24 +168,31 @@ def bytes_per_token(
         router = config.moe.router
         chosen = 1 - (1 - router.experts_per_token / router.num_experts) ** batch
         experts_read = (weights['experts'] + biases['experts']) * chosen
-    shared_read = sum(weights.values()) - weights['experts'] + biases['router']
+    shared_read = sum(weights.values()) - weights['experts']
+    shared_read += biases['attention'] + biases['router']
     shared_read += _norm_scales(config)
     elements = (shared_read + experts_read) / batch + config.embed_dim
-    kv_width = config.attention.num_kv_heads * config.attention.head_dim
-    cache = 2 * config.num_layers * kv_width * context_length
+    cached, states = 0, 0
+    for cost in _attention_costs(config):
+        cached += cost.cached_per_token * cost.seen(context_length) + cost.cached_inputs
+        states += cost.state
     weight_bytes = elements * _bytes(param_dtype or config.param_dtype)
-    cache_bytes = float(cache * _bytes(cache_dtype or config.dtype))
+    cache_bytes = float(cached * _bytes(cache_dtype or config.dtype) + states * BYTES['float32'])
     return DecodeBytes(weight_bytes + cache_bytes, weight_bytes, cache_bytes)
+
+
+def _attention_costs(config: TransformerConfig) -> tuple[AttentionCost, ...]:
+    """Counts every layer's attention."""
+    return tuple(attention_cost(kind, config.embed_dim) for kind in config.attention_layers)
 
 
 def _matrices(config: TransformerConfig) -> dict[str, int]:
     """Elements of every matrix that multiplies activations, summed over layers."""
-    D, attention, moe = config.embed_dim, config.attention, config.moe
+    D, moe = config.embed_dim, config.moe
     moe_layers = sum(config.moe_layers)
-    heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
     sizes = {
         'head': D * config.vocab_size,
-        'attention': config.num_layers * D * heads * attention.head_dim,
+        'attention': sum(cost.matrices for cost in _attention_costs(config)),
         'mlp': (config.num_layers - moe_layers) * 3 * D * config.mlp_dim,
         'router': 0,
         'shared': 0,
@@ -197,8 +210,9 @@ def _router_outputs(router: RouterConfig) -> int:
 
 
 def _biases(config: TransformerConfig) -> dict[str, int]:
-    """Elements of the learnt biases of routers and experts, summed over layers."""
-    sizes, moe = {'router': 0, 'experts': 0}, config.moe
+    """Elements of the learnt vectors of attention, routers and experts, summed over layers."""
+    sizes, moe = {'attention': 0, 'router': 0, 'experts': 0}, config.moe
+    sizes['attention'] = sum(cost.vectors for cost in _attention_costs(config))
     if moe is not None and moe.router.bias:
         sizes['router'] = sum(config.moe_layers) * _router_outputs(moe.router)
     if moe is not None and moe.bias:
@@ -213,13 +227,9 @@ def _chosen(router: RouterConfig, all_experts: int) -> int:
 
 
 def _norm_scales(config: TransformerConfig) -> int:
-    attention = config.attention
-    qk_scales = {
-        'none': 0,
-        'head': 2 * attention.head_dim,
-        'full': (attention.num_heads + attention.num_kv_heads) * attention.head_dim,
-    }[attention.qk_norm]
-    return config.num_layers * (2 * config.embed_dim + qk_scales) + config.embed_dim
+    of_stream = 4 if config.post_norms else 2
+    of_attention = sum(cost.norm_scales for cost in _attention_costs(config))
+    return (config.num_layers * of_stream + 1) * config.embed_dim + of_attention
 
 
 def _bytes(dtype: str) -> int:

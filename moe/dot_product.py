@@ -56,8 +56,8 @@ def dot_product_attention(
     """
     B, T, H, Dk = queries.shape
     Hkv = keys.shape[2]
-    scale = Dk**-0.5 if scale is None else scale
-    grouped = (queries * scale).reshape(B, T, Hkv, H // Hkv, Dk).transpose(0, 2, 3, 1, 4)
+    factor = Dk**-0.5 if scale is None else scale
+    grouped = (queries * factor).reshape(B, T, Hkv, H // Hkv, Dk).transpose(0, 2, 3, 1, 4)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (keys, values))
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(Hkv, H // Hkv)
