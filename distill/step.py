@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 from distill.config import BalanceConfig, TrainConfig
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective
+from distill.router_loss import router_loss
 from distill.teacher import OnlineTeacher
 from distill.types import Batch, TrainState
-from moe.balance import load_balance_loss, router_z_loss
 from moe.transformer import Transformer, output_head, update_selection_bias
+from moe.types import ModelOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Recipe:
         train: micro-batches and chunk size.
         balance: weights of the routers' losses and the rate of the bias update.
         teacher: where targets come from; None where no term needs them.
+        seed: of the routers' jitter. The noise follows from it, the step and the micro-batch, so a
+            resumed run draws the same; it is the one thing that a split into micro-batches changes
+            whatever the balance.
     """
 
     model: Transformer
@@ -38,6 +42,7 @@ class Recipe:
     train: TrainConfig
     balance: BalanceConfig
     teacher: OnlineTeacher | None = None
+    seed: int = 0
 
 
 def initial_state(recipe: Recipe, variables: dict[str, Any]) -> TrainState:
@@ -60,12 +65,15 @@ class StepMetrics:
         skipped: updates skipped in a row, this one included; int32.
         load: assignments to each expert of each MoE layer; None without experts.
         dropped: assignments among them that found no slot; None without experts.
+        confidence: the mean over routed tokens of each router's largest score, see
+            `moe.balance.router_confidence`; None without experts.
     """
 
     pairs: dict[str, tuple[Float[Array, ''], Float[Array, '']]]
     skipped: Int[Array, '']
     load: Float[Array, 'layers E'] | None
     dropped: Float[Array, 'layers'] | None
+    confidence: Float[Array, 'layers'] | None
 
 
 def make_train_step(
@@ -80,9 +88,12 @@ def make_train_step(
           + load_balance_weight * (sum over sequences and MoE layers of the load-balance loss) / R L
           + router_z_weight * (sum over tokens and MoE layers of the z-loss) / R L,
 
-    a sum over sequences, so neither it nor its gradient depends on how the batch is split. Where the
-    loss or the gradients' norm is not finite, parameters, optimizer state and biases stay as they
-    are and `skipped` counts up. The teacher gets no gradient.
+    so neither it nor its gradient depends on how the batch is split: sequences add up, and where
+    the load of the whole batch matters (`load_balance_scope='global'`) a first pass over the
+    micro-batches counts it. Only `load_balance_scope='micro_batch'` and jitter look at parts.
+
+    Where the loss or the gradients' norm is not finite, parameters, optimizer state and biases stay
+    as they are and `skipped` counts up. The teacher gets no gradient.
     """
 
     def train_step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -92,7 +103,9 @@ def make_train_step(
         state = _update(recipe, state, gradients, totals.load, finite)
         one = jnp.ones(())
         pairs = totals.pairs | {'loss': (totals.loss, one), 'gradient_norm': (norm, one)}
-        return state, StepMetrics(pairs, state.skipped, totals.load, totals.dropped)
+        return state, StepMetrics(
+            pairs, state.skipped, totals.load, totals.dropped, totals.confidence
+        )
 
     return train_step
 
@@ -105,16 +118,41 @@ def _update(
     rate = recipe.balance.selection_bias_rate
     routing = state.routing
     if rate > 0 and load is not None:
-        routing = update_selection_bias(recipe.model.config, routing, load, rate=rate)
-    updated = state.replace(
+        rule = recipe.balance.selection_bias_rule
+        routing = update_selection_bias(recipe.model.config, routing, load, rate=rate, rule=rule)
+    updated = dataclasses.replace(
+        state,
         params=optax.apply_updates(state.params, updates),
         routing=routing,
         opt_state=opt_state,
         skipped=jnp.zeros((), jnp.int32),
     )
-    kept = state.replace(skipped=state.skipped + 1)
+    kept = dataclasses.replace(state, skipped=state.skipped + 1)
     chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
-    return chosen.replace(step=state.step + 1)
+    return dataclasses.replace(chosen, step=state.step + 1)
+
+
+@flax.struct.dataclass
+class _Part:
+    """One micro-batch and its number."""
+
+    batch: Batch
+    number: Int[Array, '']
+
+
+@flax.struct.dataclass
+class _Whole:
+    """What a micro-batch's share of the loss takes from the whole batch.
+
+    Attributes:
+        tokens: unmasked, at least 1.
+        routed: tokens that are not padding, at least 1.
+        load: assignments to each expert; None where no loss needs it.
+    """
+
+    tokens: Float[Array, '']
+    routed: Float[Array, '']
+    load: Float[Array, 'layers E'] | None
 
 
 @flax.struct.dataclass
@@ -123,87 +161,104 @@ class _Totals:
 
     loss: Float[Array, '']
     pairs: dict[str, tuple[Float[Array, ''], Float[Array, '']]]
-    load: Float[Array, 'layers E'] | None
-    dropped: Float[Array, 'layers'] | None
+    load: Float[Array, 'layers E'] | None = None
+    dropped: Float[Array, 'layers'] | None = None
+    confidence: Float[Array, 'layers'] | None = None
 
 
 def _gradients(
     recipe: Recipe, state: TrainState, teacher: Any, batch: Batch
 ) -> tuple[Any, _Totals]:
     """Returns the gradients and sums of the whole batch, one micro-batch at a time."""
-    tokens = jnp.sum(batch.mask, dtype=jnp.float32)
-    routed = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
+    count = recipe.train.micro_batches
+    parts = _Part(_split(batch, count), jnp.arange(count))
     # A batch of padding alone has nothing to average over, and a loss of zero.
-    counts = jnp.maximum(tokens, 1), jnp.maximum(routed, 1)
+    whole = _Whole(
+        tokens=jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1),
+        routed=jnp.maximum(jnp.sum(batch.segment_ids > 0, dtype=jnp.float32), 1),
+        load=_whole_load(recipe, state, parts),
+    )
 
-    def share(params: Any, micro_batch: Batch) -> tuple[Array, _Totals]:
-        return _loss(recipe, params, state, teacher, micro_batch, *counts)
+    def share(params: Any, part: _Part) -> tuple[Array, _Totals]:
+        return _loss(recipe, params, state, teacher, part, whole)
 
-    gradient = jax.grad(share, has_aux=True)
-    if recipe.train.micro_batches == 1:
-        return gradient(state.params, batch)
-    parts = _split(batch, recipe.train.micro_batches)
+    return _sum_over(lambda part: jax.grad(share, has_aux=True)(state.params, part), parts)
 
-    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch)), None
 
+def _whole_load(recipe: Recipe, state: TrainState, parts: _Part) -> Array | None:
+    """Counts each expert's assignments in all micro-batches, where a loss needs them first."""
+    balance = recipe.balance
+    needed = balance.load_balance_weight > 0 and balance.load_balance_scope == 'global'
+    if recipe.model.config.moe is None or parts.number.size == 1 or not needed:
+        return None
+    return _sum_over(lambda part: _loads(_forward(recipe, state.params, state, part)), parts)
+
+
+def _sum_over(function: Callable[[_Part], Any], parts: _Part) -> Any:
+    """Sums what the function returns over the micro-batches, one at a time."""
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(gradient, state.params, first)
+    if parts.number.size == 1:
+        return function(first)
+    shapes = jax.eval_shape(function, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total: Any, part: _Part) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _loss(
-    recipe: Recipe,
-    params: Any,
-    state: TrainState,
-    teacher: Any,
-    batch: Batch,
-    tokens: Array,
-    routed: Array,
-) -> tuple[Array, _Totals]:
-    """Returns one micro-batch's share of the loss, divided by the whole batch's counts."""
-    model = recipe.model
-    output = model.apply(
+def _forward(recipe: Recipe, params: Any, state: TrainState, part: _Part) -> ModelOutput:
+    """Runs the model on one micro-batch, with the noise that its routers are trained with."""
+    model, batch = recipe.model, part.batch
+    rngs = {}
+    if model.config.moe is not None and model.config.moe.router.jitter > 0:
+        step_key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+        rngs = {'jitter': jax.random.fold_in(step_key, part.number)}
+    output: Any = model.apply(
         {'params': params, 'routing': state.routing},
         batch.tokens,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
         logits=False,
+        rngs=rngs,
     )
+    return output
+
+
+def _loads(output: ModelOutput) -> Float[Array, 'layers E']:
+    return jnp.stack([router.load for router in output.router])
+
+
+def _loss(
+    recipe: Recipe, params: Any, state: TrainState, teacher: Any, part: _Part, whole: _Whole
+) -> tuple[Array, _Totals]:
+    """Returns one micro-batch's share of the loss, divided by the whole batch's counts."""
+    model, batch = recipe.model, part.batch
+    output = _forward(recipe, params, state, part)
     loss, pairs = fused_distillation_loss(
         output.hidden,
-        output_head(model.config, params).astype(output.hidden.dtype),
+        output_head(model.config, params),
         None if recipe.teacher is None else recipe.teacher.targets(teacher, batch),
         recipe.objective.at(state.step),
         labels=batch.labels,
         mask=batch.mask,
-        normalizer=tokens,
+        normalizer=whole.tokens,
         chunk_size=recipe.train.chunk_size,
         mesh=model.mesh,
     )
-    if not output.router:
-        return loss, _Totals(loss, pairs, None, None)
-    mask = batch.segment_ids > 0
-    score = model.config.moe.router.score
-    balanced = _sum_pairs(
-        [load_balance_loss(router, mask, score=score) for router in output.router]
-    )
-    squared = _sum_pairs([router_z_loss(router, mask) for router in output.router])
-    layers = len(output.router)
-    loss += recipe.balance.load_balance_weight * balanced[0] / (routed * layers)
-    loss += recipe.balance.router_z_weight * squared[0] / (routed * layers)
+    if model.config.moe is None:
+        return loss, _Totals(loss, pairs)
+    routed, score = batch.segment_ids > 0, model.config.moe.router.score
+    routers = router_loss(output.router, routed, recipe.balance, score=score, load=whole.load)
+    loss += routers.loss / whole.routed
     return loss, _Totals(
         loss=loss,
-        pairs=pairs | {'load_balance_loss': balanced, 'router_z_loss': squared},
-        load=jnp.stack([router.load for router in output.router]),
+        pairs=pairs | routers.pairs,
+        load=_loads(output),
         dropped=jnp.stack([router.dropped for router in output.router]),
+        confidence=routers.confidence / whole.routed,
     )
-
-
-def _sum_pairs(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    sums, weights = zip(*pairs, strict=True)
-    return sum(sums), sum(weights)
 
 
 def _split(batch: Batch, parts: int) -> Batch:

@@ -6,6 +6,7 @@ over `fsdp` (gathered where used), their hidden axis over `tensor` (partial outp
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from moe.dispatch import (
 from moe.errors import InputError
 
 BATCH_AXES = ('data', 'fsdp', 'expert')
-BIAS_SPECS = ExpertBiases(P('expert', None, 'tensor'), P('expert', 'fsdp'))
+BIAS_SPECS: Any = (P('expert', None, 'tensor'), P('expert', 'fsdp'))
 _varying = functools.partial(jax.lax.pcast, to='varying')
 
 
@@ -80,7 +81,7 @@ def expert_parallel_dispatch(
             *(tokens,) * 4,
             P('expert', 'fsdp', None, 'tensor'),
             P('expert', 'tensor', 'fsdp'),
-            None if biases is None else BIAS_SPECS,
+            None if biases is None else ExpertBiases(*BIAS_SPECS),
         ),
         out_specs=(tokens, P()),
     )

@@ -1,0 +1,72 @@
+"""What a student's routers add to its loss, over all of its MoE layers."""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from distill.config import BalanceConfig
+from moe.balance import load_balance_loss, router_confidence, router_z_loss
+from moe.routing import ScoreFunction
+from moe.types import RouterOutput
+
+Pair = tuple[Float[Array, ''], Float[Array, '']]
+
+
+@flax.struct.dataclass
+class RouterLoss:
+    """Sums over unmasked tokens, which add up over micro-batches.
+
+    Attributes:
+        loss: the weighted losses, over the number of layers.
+        pairs: (sum, weight) of each loss by name, over tokens and layers.
+        confidence: of each layer; see `moe.balance.router_confidence`.
+    """
+
+    loss: Float[Array, '']
+    pairs: dict[str, Pair]
+    confidence: Float[Array, 'layers']
+
+
+def router_loss(
+    routers: Sequence[RouterOutput],
+    mask: Bool[Array, 'B T'],
+    balance: BalanceConfig,
+    *,
+    score: ScoreFunction,
+    load: Float[Array, 'layers E'] | None = None,
+) -> RouterLoss:
+    """Weighs the load-balance loss and the z-loss of every MoE layer, and sums them over tokens.
+
+    Args:
+        routers: one for each MoE layer, at least one.
+        mask: True for tokens that were routed.
+        balance: weights, and whose load a token is judged by.
+        score: the routers' score function.
+        load: over all micro-batches, for the scope 'global'; None where `routers` saw them all.
+
+    Returns:
+        The sums; to be divided by the number of unmasked tokens of all micro-batches.
+    """
+    loads = [None] * len(routers) if load is None else list(load)
+    balanced = _sum_pairs(
+        [
+            load_balance_loss(
+                router, mask, scope=balance.load_balance_scope, score=score, load=layer_load
+            )
+            for router, layer_load in zip(routers, loads, strict=True)
+        ]
+    )
+    squared = _sum_pairs([router_z_loss(router, mask) for router in routers])
+    loss = balance.load_balance_weight * balanced[0] + balance.router_z_weight * squared[0]
+    return RouterLoss(
+        loss=loss / len(routers),
+        pairs={'load_balance_loss': balanced, 'router_z_loss': squared},
+        confidence=jnp.stack([router_confidence(r, mask, score=score)[0] for r in routers]),
+    )
+
+
+def _sum_pairs(pairs: list[Pair]) -> Pair:
+    sums, weights = zip(*pairs, strict=True)
+    return jnp.stack(sums).sum(), jnp.stack(weights).sum()
