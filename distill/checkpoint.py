@@ -74,6 +74,8 @@ class CheckpointManager:
         self._pending: Future[None] | None = None
         self._current: set[int] = set()
         self._damaged: set[int] = set()
+        # For good: threads of a save that failed may outlive it and its manager.
+        logging.get_absl_logger().addFilter(_raised_too)
 
     @property
     def directory(self) -> Path:
@@ -195,7 +197,7 @@ class CheckpointManager:
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> None:
         """Completes a save, in the background."""
-        with self._writing(step), _without_orbax_tracebacks():
+        with self._writing(step):
             response.result()
             if distributed.is_writer():
                 write_manifest(self._directory / str(step))
@@ -308,16 +310,6 @@ def _on_first_process(action: Callable[[], int]) -> int:
     return int(result)
 
 
-@contextlib.contextmanager
-def _without_orbax_tracebacks() -> Iterator[None]:
+def _raised_too(record: std_logging.LogRecord) -> bool:
     """Drops the traceback that orbax logs in each of its threads for an error it also raises."""
-
-    def raised_too(record: std_logging.LogRecord) -> bool:
-        return '_SignalingThread' not in str(record.msg)
-
-    logger = logging.get_absl_logger()
-    logger.addFilter(raised_too)
-    try:
-        yield
-    finally:
-        logger.removeFilter(raised_too)
+    return '_SignalingThread' not in str(record.msg)

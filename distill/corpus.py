@@ -99,7 +99,7 @@ def load_or_tokenize(
 def _save(directory: pathlib.Path, corpus: TokenCorpus) -> None:
     with whole_directory(directory) as temporary:
         for name in ARRAYS:
-            np.save(temporary / f'{name}.npy', getattr(corpus, name))
+            _save_array(temporary / f'{name}.npy', getattr(corpus, name))
         metadata = {
             'pad_id': corpus.pad_id,
             'source_sha256': corpus.source_sha256,
@@ -107,6 +107,14 @@ def _save(directory: pathlib.Path, corpus: TokenCorpus) -> None:
             'files': {f'{name}.npy': file_sha256(temporary / f'{name}.npy') for name in ARRAYS},
         }
         (temporary / 'metadata.json').write_text(json.dumps(metadata, indent=2))
+
+
+def _save_array(path: pathlib.Path, array: np.ndarray) -> None:
+    """Writes what `np.save` would, whose error on a full disk does not say that it is full."""
+    header = np.lib.format.header_data_from_array_1_0(array)
+    with path.open('wb') as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(memoryview(array).cast('B'))
 
 
 def _load(directory: pathlib.Path) -> TokenCorpus:

@@ -75,9 +75,9 @@ class Context:
     def corpus(self) -> TokenCorpus:
         """The tokens of the train split."""
         folder = self.workdir.path / 'tokens'
-        return _writer_first(
-            lambda: load_or_tokenize(folder, self.split[0], self.tokenizer), 'tokens'
-        )
+        # Made outside of what one process does first: it has a barrier of its own.
+        tokenizer = self.tokenizer
+        return _writer_first(lambda: load_or_tokenize(folder, self.split[0], tokenizer), 'tokens')
 
     @functools.cached_property
     def held_out(self) -> EvaluationSet:
@@ -132,7 +132,7 @@ def _saved(tokenizer: ByteTokenizer, folder: pathlib.Path) -> ByteTokenizer:
 
 
 def _writer_first(make: Callable[[], T], name: str) -> T:
-    """Lets one process write what the others then read."""
+    """Lets one process write what the others then read; `make` must reach no barrier."""
     made = make() if distributed.is_writer() else None
     distributed.barrier(name)
     return make() if made is None else made

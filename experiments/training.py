@@ -18,6 +18,7 @@ from distill.step import Recipe, StepMetrics, initial_state, make_train_step
 from distill.types import Batch, TrainState
 from experiments.signals import StopSignal
 from experiments.watch import Watch
+from experiments.workdir import flatten
 from moe.errors import InputError
 from moe.sharding import abstract_variables, batch_sharding, init_sharded, variable_shardings
 from moe.transformer import Transformer
@@ -141,9 +142,10 @@ def load_model(
 
 def require_identity(saved: dict[str, Any], current: dict[str, Any], folder: pathlib.Path) -> None:
     """Refuses a checkpoint of another model or tokenizer, by the fields that differ."""
-    differing = [key for key in current if saved.get(key) != current[key]]
-    if differing:
-        lines = [f'  {key}: {saved.get(key)!r} there, {current[key]!r} here' for key in differing]
+    there, here = flatten(saved), flatten(current)
+    keys = sorted(key for key in there | here if there.get(key) != here.get(key))
+    if keys:
+        lines = [f'  {key}: {there.get(key)!r} there, {here.get(key)!r} here' for key in keys[:16]]
         raise InputError(
             '\n'.join(
                 [

@@ -110,7 +110,7 @@ def file_sha256(file: pathlib.Path) -> str:
 
 
 def _refuse_other_config(file: pathlib.Path, values: dict[str, Any]) -> None:
-    saved, current = _flatten(read_json(file)), _flatten(values)
+    saved, current = flatten(read_json(file)), flatten(values)
     differing = sorted(
         key
         for key in saved.keys() | current.keys()
@@ -138,11 +138,12 @@ def _is_free(key: str) -> bool:
     return any(f'.{key}'.find(f'.{free}') >= 0 for free in _FREE_KEYS)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Gives nested values keys with dots."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f'{prefix}{key}.')
+            flat |= flatten(value, f'{prefix}{key}.')
         else:
             flat[f'{prefix}{key}'] = value
     return flat
