@@ -1,0 +1,89 @@
+"""A launch walks its stages, skips what is complete, and takes overrides."""
+
+import json
+import pathlib
+
+import numpy as np
+from launching import MESH, STEPS, Launcher, checkpoint_arrays, metric_rows
+
+TRAINED = ('teacher', 'student', 'control')
+STAGES = (*TRAINED, 'evaluate', 'report')
+
+
+def everything_in(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
+    """Content and time of change of every file."""
+    files = (path for path in sorted(folder.rglob('*')) if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_walks_every_stage(uninterrupted: pathlib.Path):
+    results = {
+        stage: json.loads((uninterrupted / stage / 'result.json').read_text()) for stage in STAGES
+    }
+    for stage in TRAINED:
+        assert results[stage]['steps'] == STEPS
+        assert results[stage]['tokens'] == STEPS * 8 * 16
+        rows = metric_rows(uninterrupted, stage)
+        assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+        assert rows[-1]['cross_entropy' if stage == 'control' else 'loss'] < rows[0]['loss']
+    summary = json.loads((uninterrupted / 'summary.json').read_text())
+    assert summary['schema'] == 1
+    assert set(summary['models']) == set(TRAINED)
+    assert set(summary['stages']) == {*TRAINED, 'evaluate'}
+    assert summary['devices']['count'] == 8
+    assert '<html' in (uninterrupted / 'report.html').read_text()
+
+
+def test_student_and_control_differ_by_the_teacher_alone(uninterrupted: pathlib.Path):
+    student, control = (checkpoint_arrays(uninterrupted, name) for name in ('student', 'control'))
+    assert student.keys() == control.keys()
+    kernel = 'params/group_0/layer_0/moe/router/kernel'
+    assert not np.array_equal(student[kernel], control[kernel])
+    first = [metric_rows(uninterrupted, name)[0] for name in ('student', 'control')]
+    # The same parameters and the same first batch: the same cross-entropy before any update.
+    assert first[0]['cross_entropy'] == first[1]['cross_entropy']
+
+
+def test_complete_stages_are_skipped(launcher: Launcher, uninterrupted: pathlib.Path):
+    before = everything_in(uninterrupted)
+    finished = launcher.run(*launcher.flags(uninterrupted, *MESH))
+    assert finished.status == 0, finished.output
+    assert everything_in(uninterrupted) == before
+
+
+def test_picked_stages_alone_are_run(launcher: Launcher, tmp_path: pathlib.Path):
+    finished = launcher.run(*launcher.flags(tmp_path, '--stages=control', *MESH))
+    assert finished.status == 0, finished.output
+    assert (tmp_path / 'control' / 'result.json').exists()
+    assert not [name for name in STAGES if name != 'control' and (tmp_path / name).exists()]
+
+
+def test_overrides_and_a_teacher_from_a_checkpoint(
+    launcher: Launcher, uninterrupted: pathlib.Path, tmp_path: pathlib.Path
+):
+    # One device, where the teacher was trained on eight.
+    finished = launcher.run(
+        *launcher.flags(
+            tmp_path,
+            '--config.student.model.num_layers=3',
+            '--config.student.train.steps=3',
+            '--config.teacher.source=checkpoint',
+            f'--config.teacher.checkpoint={uninterrupted / "teacher"}',
+            '--stages=teacher,student',
+        ),
+        devices=1,
+    )
+    assert finished.status == 0, finished.output
+    kernel = checkpoint_arrays(tmp_path, 'student', 3)['params/group_0/layer_0/moe/router/kernel']
+    assert kernel.shape == (3, 16, 4)
+    rows = metric_rows(tmp_path, 'student')
+    assert [row['step'] for row in rows] == [1, 2, 3]
+    # The teacher of another folder, not one of chance: its divergence is finite and not zero.
+    assert 0 < rows[0]['forward_kl'] < 10
+
+
+def test_help(launcher: Launcher):
+    command = launcher.command('--help')
+    output, _ = command.communicate(timeout=100)
+    assert '--workdir' in output
+    assert 'python -m experiments.launch --config=' in output
