@@ -3,7 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.balance import load_balance_loss, load_statistics, router_z_loss, updated_bias
+from moe.balance import (
+    load_balance_loss,
+    load_statistics,
+    router_confidence,
+    router_z_loss,
+    updated_bias,
+)
 from moe.config import RouterConfig
 from moe.routing import expert_load, route
 from moe.types import RouterOutput
@@ -102,6 +108,36 @@ def test_updated_bias_by_hand():
     np.testing.assert_array_equal(stacked, [[-1, 1], [1, -1]])
 
 
+def test_a_micro_batch_is_judged_by_its_own_load_and_the_whole_by_the_given_one():
+    second = routed(SCORES[1:], IDS[1:], MASK[1:])
+    total, weight = load_balance_loss(
+        second, MASK[1:], scope='micro_batch', load=jnp.array([9.0, 0, 0])
+    )
+    # One token counts: shares (0, 1/2, 1/2), scores (0.1, 0.2, 0.7).
+    np.testing.assert_allclose([total, weight], [3 * (0.1 + 0.35), 1], rtol=1e-6)
+    total, _ = load_balance_loss(second, MASK[1:], scope='global', load=jnp.array([2.0, 3, 1]))
+    np.testing.assert_allclose(total, 3 * (0.2 + 0.6 + 0.7) / 6, rtol=1e-6)
+
+
+def test_confidence_by_hand():
+    np.testing.assert_allclose(router_confidence(routed(), MASK), [0.5 + 0.6 + 0.7, 3], rtol=1e-6)
+    s = 1 / (1 + np.exp(-np.log(SCORES)))
+    expected = (s.max(-1) / s.sum(-1))[np.asarray(MASK)].sum()
+    total, _ = router_confidence(routed(), MASK, score='sigmoid')
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+def test_proportional_bias_by_hand():
+    bias, load = jnp.array([0.5, 0.5, 0.5, -0.5]), jnp.array([10.0, 0.0, 4.0, 2.0])
+    moved = updated_bias(bias, load, rate=0.5, rule='proportional')
+    # The mean is 4.
+    np.testing.assert_allclose(moved, [0.5 - 0.75, 1.0, 0.5, -0.25], rtol=1e-6)
+    same = updated_bias(bias, jnp.zeros(4), rate=0.5, rule='proportional')
+    np.testing.assert_array_equal(same, bias)
+    with pytest.raises(ValueError, match='rule'):
+        updated_bias(bias, load, rate=0.5, rule='linear')
+
+
 def test_load_statistics_by_hand():
     stats = load_statistics(jnp.array([6.0, 2.0, 0.0, 0.0]), 2.0)
     np.testing.assert_allclose(stats['max_violation'], (6 - 2) / 2, rtol=1e-6)
@@ -160,7 +196,8 @@ def test_descent_on_the_loss_alone_balances_a_skewed_router(scope):
     assert loss(end) < 1.1 < loss(start)
 
 
-def test_the_selection_bias_alone_balances_a_skewed_router():
+@pytest.mark.parametrize('rule', ['sign', 'proportional'])
+def test_the_selection_bias_alone_balances_a_skewed_router(rule):
     config, mask = RouterConfig(8, 2, score='sigmoid', selection_bias=True), jnp.ones((4, 64), bool)
     kernel = jax.random.normal(jax.random.key(1), (8, 8)) / 8**0.5
     logits = skewed_tokens() @ kernel + SKEW
@@ -169,7 +206,7 @@ def test_the_selection_bias_alone_balances_a_skewed_router():
     def train(bias):
         def step(_, bias):
             ids, _ = route(logits, config, selection_bias=bias)
-            return updated_bias(bias, expert_load(ids, mask, 8), rate=0.01)
+            return updated_bias(bias, expert_load(ids, mask, 8), rate=0.01, rule=rule)
 
         return jax.lax.fori_loop(0, STEPS, step, bias)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.dispatch import dispatch, sequence_capacity, slot_plan, sort_by_group
+from moe.dispatch import ExpertBiases, dispatch, sequence_capacity, slot_plan, sort_by_group
 
 B, T, D, E, F = 2, 12, 6, 5, 4
 
@@ -187,3 +187,50 @@ def test_capacity_does_not_depend_on_the_other_sequences():
     assert both['dropped'] == sum(part['dropped'] for part in parts) > 0
     joined = np.concatenate([part['y'] for part in parts])
     np.testing.assert_allclose(both['y'], joined, atol=1e-5)
+
+
+def biased_loop(x, weights, gate_up, down, gate_up_bias, down_bias, ids, mask):
+    """One token and one choice at a time, in float64, with the clamped activation."""
+    y = np.zeros(x.shape)
+    for b, t, k in np.ndindex(*ids.shape):
+        e = ids[b, t, k]
+        if mask[b, t] and e < E:
+            gate, up = np.einsum('d,dcf->cf', x[b, t], gate_up[e]) + gate_up_bias[e]
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+            hidden = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+            y[b, t] += weights[b, t, k] * (hidden @ down[e] + down_bias[e])
+    return y
+
+
+@functools.partial(jax.jit, static_argnames='method')
+def biased_output_and_gradients(arrays, cotangent, ids, mask, method):
+    def run(x, weights, gate_up, down, gate_up_bias, down_bias):
+        biases = ExpertBiases(gate_up_bias, down_bias)
+        settings = {'activation': 'clamped_swiglu', 'capacity_factor': 100.0, 'biases': biases}
+        return dispatch(x, ids, weights, mask, gate_up, down, method=method, **settings)[0]
+
+    y, vjp = jax.vjp(run, *arrays)
+    return y, vjp(cotangent)
+
+
+@pytest.mark.parametrize('method', ['dense', 'capacity', 'grouped'])
+def test_biases_and_absent_choices_equal_a_loop_and_gradients_the_slope(method):
+    x, weights, gate_up, down, cotangent = operands()
+    rng = np.random.default_rng(7)
+    biases = [jnp.array(rng.normal(size=shape), jnp.float32) for shape in ((E, 2, F), (E, D))]
+    arrays = (x, weights, 3 * gate_up, down, *biases)
+    ids, mask = choices('uneven', 2), some_masked()
+    ids = np.where(rng.uniform(size=ids.shape) < 0.3, E, ids)
+    y, gradients = biased_output_and_gradients(arrays, cotangent, ids, mask, method)
+    point = [np.asarray(a, np.float64) for a in arrays]
+    expected = biased_loop(*point, ids, mask)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    for i, gradient in enumerate(gradients):
+        direction = rng.normal(size=point[i].shape)
+        ahead, behind = (
+            [a + step * direction if j == i else a for j, a in enumerate(point)]
+            for step in (1e-6, -1e-6)
+        )
+        difference = biased_loop(*ahead, ids, mask) - biased_loop(*behind, ids, mask)
+        slope = (difference * np.asarray(cotangent, np.float64)).sum() / 2e-6
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=2e-4, atol=2e-3)

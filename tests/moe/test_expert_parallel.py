@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 from moe.config import MoEConfig, RouterConfig
-from moe.dispatch import dispatch
+from moe.dispatch import ExpertBiases, dispatch
 from moe.errors import InputError
 from moe.expert_parallel import expert_parallel_dispatch, peer_plan
 from moe.experts import MoELayer
@@ -91,6 +91,35 @@ def test_every_mesh_equals_one_device(shape, method, factor, oracle):
         wanted = expected(kind, oracle, factor)
         assert_same_on_every_device(compiled(*operands(), choices(kind)), wanted)
         assert (wanted[1] > 0) == (method == 'capacity')
+
+
+@pytest.mark.parametrize('method', ['grouped', 'capacity'])
+@pytest.mark.parametrize('shape', [(2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8)], ids=str)
+def test_biases_on_every_mesh_equal_one_device(shape, method):
+    x, weights, gate_up, down, cotangent, mask = operands()
+    rng = np.random.default_rng(2)
+    gate_up_bias, down_bias = (
+        jnp.array(rng.normal(size=size), jnp.float32) for size in ((E, 2, F), (E, D))
+    )
+    ids, settings = choices('uneven'), {'activation': 'clamped_swiglu', 'capacity_factor': 1.0}
+
+    def compile_biased(run):
+        @jax.jit
+        def output_and_gradients(*arrays):
+            def forward(x, weights, gate_up, down, gate_up_bias, down_bias):
+                biases = ExpertBiases(gate_up_bias, down_bias)
+                return run(
+                    x, ids, weights, mask, gate_up, down, method=method, biases=biases, **settings
+                )[0]
+
+            y, vjp = jax.vjp(forward, *arrays)
+            return y, vjp(cotangent)
+
+        return output_and_gradients
+
+    arrays = (x, weights, gate_up, down, gate_up_bias, down_bias)
+    sharded = functools.partial(expert_parallel_dispatch, mesh=mesh_of(shape))
+    assert_same_on_every_device(compile_biased(sharded)(*arrays), compile_biased(dispatch)(*arrays))
 
 
 def test_layer_load_and_drops_are_sums_over_the_whole_batch():
