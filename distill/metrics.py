@@ -203,6 +203,14 @@ class ProgressLine:
             tokens_per_second=(tokens - first_tokens) / seconds if measured else None,
             seconds_left=(self._total_steps - step) * seconds / steps if measured else None,
         )
+        self._write(text)
+
+    def say(self, what: str) -> None:
+        """Rewrites the line with what the stage is at, where no step can be counted yet."""
+        if self._shown:
+            self._write(f'{self._stage}  {what}')
+
+    def _write(self, text: str) -> None:
         self._stream.write('\r' + text.ljust(self._width))
         self._stream.flush()
         self._width = len(text)

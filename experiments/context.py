@@ -35,10 +35,17 @@ class Context:
         workdir: path of the folder.
         command: that repeats the launch, for the report.
         stop: asked to stop.
+        json_path: where the report's figures are written too, as rows; None for nowhere.
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, workdir: str, *, command: str, stop: StopSignal
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: str,
+        *,
+        command: str,
+        stop: StopSignal,
+        json_path: pathlib.Path | None = None,
     ) -> None:
         self.study: StudyConfig = build_study(config)
         self.mesh = make_mesh(self.study.mesh)
@@ -47,6 +54,7 @@ class Context:
         self.values: dict[str, Any] = config.to_dict()
         self.command = command
         self.stop = stop
+        self.json_path = json_path
 
     def model(self, config: TransformerConfig) -> Transformer:
         """A model on this study's mesh; on one device it needs none."""

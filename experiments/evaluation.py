@@ -15,6 +15,7 @@ from distill.cost import (
 from distill.evaluate import Evaluation, compare, evaluate, expert_statistics, summarize
 from experiments.context import Context
 from experiments.fit import batch_shards
+from experiments.watch import progress_line
 from moe.accounting import bytes_per_token, flops_per_token, parameter_report
 from moe.decode import generate
 from moe.sharding import batch_sharding
@@ -30,10 +31,17 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         `models`, `comparison` and `experts` of the summary, the student's expert `load` and the
         `samples` of every model.
     """
-    evaluations = {name: _quality(context, models, name) for name in models}
+    with progress_line('evaluate', len(models)) as line:
+        evaluations, costs, samples = {}, {}, {}
+        for name in models:
+            line.say(f'{name}: held-out text')
+            evaluations[name] = _quality(context, models, name)
+            line.say(f'{name}: throughput')
+            costs[name] = _cost(context, *models[name])
+            line.say(f'{name}: samples')
+            samples[name] = _samples(context, *models[name])
     rows: dict[str, dict[str, Any]] = {
-        name: summarize(evaluations[name], seed=context.study.seed) | _cost(context, *models[name])
-        for name in models
+        name: summarize(evaluations[name], seed=context.study.seed) | costs[name] for name in models
     }
     teacher, student = rows['teacher'], rows['student']
     return {
@@ -47,7 +55,7 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         ),
         'experts': expert_statistics(evaluations['student']),
         'load': evaluations['student'].load.tolist(),
-        'samples': {name: _samples(context, *models[name]) for name in models},
+        'samples': samples,
     }
 
 

@@ -6,6 +6,7 @@ Every key of the config can be overridden: --config.student.model.num_layers=3. 
 complete in the workdir are skipped, and one that was cut off goes on where it was.
 """
 
+import pathlib
 import shlex
 import sys
 
@@ -24,6 +25,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the study, made where it is missing.')
 STAGE_NAMES = flags.DEFINE_list('stages', list(STAGES), 'The stages to run, in their own order.')
+JSON = flags.DEFINE_string('json', None, "Where to write the report's figures as JSON rows.")
 COORDINATOR = flags.DEFINE_string(
     'coordinator_address', None, "'host:port' of process 0; found by itself on SLURM, TPU and GKE."
 )
@@ -50,6 +52,7 @@ def main() -> None:
         WORKDIR.value,
         command=shlex.join(['python', '-m', 'experiments.launch', *sys.argv[1:]]),
         stop=StopSignal(),
+        json_path=None if JSON.value is None else pathlib.Path(JSON.value),
     )
     run_stages(context, tuple(STAGE_NAMES.value))
 

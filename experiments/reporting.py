@@ -16,6 +16,17 @@ from distill.tables import headline, terminal_table
 from experiments.context import Context
 
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'tokenizers')
+_UNITS = {
+    'bits_per_byte': 'bits/byte',
+    'cross_entropy': 'nats/token',
+    'accuracy': 'share',
+    'kl_from_teacher': 'nats/token',
+    'top1_agreement': 'share',
+    'flops_per_token': 'FLOPs/token',
+    'bytes_per_token': 'bytes/token',
+    'tokens_per_second': 'tokens/s',
+    'usd_per_million_tokens': 'USD/1M tokens',
+}
 _TRAINED = ('teacher', 'student', 'control')
 
 
@@ -34,6 +45,32 @@ def write_study_report(context: Context) -> None:
     )
     print(f'\n{terminal_table(summary)}\n\n{headline(summary)}\n')
     print(f'Report: {page}\n{_next_steps()}')
+    if context.json_path is not None:
+        rows = figures(summary)
+        context.json_path.parent.mkdir(parents=True, exist_ok=True)
+        context.json_path.write_text(json.dumps(rows, indent=2, allow_nan=False) + '\n')
+
+
+def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gives the table as rows of figures; the reference of each is the teacher's."""
+    rows = []
+    for model in summary['models']:
+        for name, unit in _UNITS.items():
+            value, reference = (
+                _number(summary['models'][who].get(name)) for who in (model, 'teacher')
+            )
+            if value is None:
+                continue
+            row = {'name': f'{model}/{name}', 'value': value, 'unit': unit}
+            if reference is not None:
+                row |= {'reference': reference, 'ratio': value / reference}
+            rows.append(row | {'conditions': summary['command']})
+    return rows
+
+
+def _number(measured: Any) -> float | None:
+    """The number of a figure that may be plain, an estimate, or not measured."""
+    return measured['value'] if isinstance(measured, dict) else measured
 
 
 def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import logging
 
 from distill import distributed
 from distill.config import BalanceConfig, TrainConfig
@@ -43,7 +43,8 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
         # Nobody may see what this stage writes before everybody has seen what was there.
         distributed.barrier(f'{name}: decided')
         if complete:
-            logging.info('Stage %s is complete: skipped.', name)
+            if distributed.is_writer():
+                print(f'{name}: complete in {context.workdir.path}, skipped', file=sys.stderr)
             continue
         if context.stop.agreed(0):
             raise Stopped(f'before stage {name!r}')

@@ -1,5 +1,6 @@
 """What a training run writes down as it goes: metrics, progress, checkpoints."""
 
+import io
 import pathlib
 import sys
 import time
@@ -17,6 +18,12 @@ from distill.metrics import JsonlWriter, Metrics, ProgressLine
 from distill.step import StepMetrics
 from distill.types import TrainState
 from moe.balance import load_statistics
+
+
+def progress_line(stage: str, total_steps: int) -> ProgressLine:
+    """One line of progress on the terminal, of one process of the run."""
+    stream = sys.stderr if distributed.is_writer() else io.StringIO()
+    return ProgressLine(stage, total_steps, stream)
 
 
 class Watch:
@@ -55,7 +62,8 @@ class Watch:
         self._window = Metrics()
         self._since_checkpoint = Metrics()
         self._load: Any = None
-        self._line = ProgressLine(stage, config.steps, sys.stderr)
+        self._line = progress_line(stage, config.steps)
+        self._line.say('compiling')
         self._writer = (
             JsonlWriter(folder / 'metrics.jsonl', restored_step=restored_step or None)
             if distributed.is_writer()

@@ -159,3 +159,14 @@ def test_progress_is_silent_where_nobody_watches():
     untouched = _Terminal()
     ProgressLine('s', 9, untouched).close()
     assert untouched.getvalue() == ''
+
+
+def test_the_line_says_what_it_waits_for_on_a_terminal_alone():
+    terminal, file = _Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        line = ProgressLine('teacher', 10, stream)
+        line.say('compiling')
+        line.say('ready')
+        line.close()
+    assert terminal.getvalue() == '\rteacher  compiling\rteacher  ready    \n'
+    assert file.getvalue() == ''
