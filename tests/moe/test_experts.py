@@ -112,3 +112,81 @@ def test_the_router_learns_from_the_output_and_the_bias_does_not():
     gradient = jax.jit(jax.grad(loss))(variables)
     assert np.abs(gradient['params']['router']['kernel']).max() > 1e-4
     assert np.all(gradient['routing']['router']['selection_bias'] == 0)
+
+
+@pytest.mark.parametrize('dispatch', ['dense', 'capacity', 'grouped'])
+def test_biases_of_router_and_experts_equal_numpy(dispatch):
+    router = RouterConfig(E, K, bias=True)
+    config = MoEConfig(router, expert_dim=F, dispatch=dispatch, capacity_factor=10.0, bias=True)
+    layer, rng = MoELayer(config, 'clamped_swiglu'), np.random.default_rng(0)
+    boxed = jax.jit(layer.init)(jax.random.key(0), tokens(), jnp.array(MASK))
+    assert boxed['params']['gate_up_bias'].names == ('experts', None, 'mlp')
+    assert boxed['params']['down_bias'].names == ('experts', 'embed')
+    p = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), nn.unbox(boxed)['params'])
+    single = jax.tree.map(lambda leaf: leaf.astype(np.float32), p)
+    y, output = jax.jit(layer.apply)({'params': single}, tokens(), jnp.array(MASK))
+    for b, t in np.argwhere(MASK):
+        token = np.asarray(tokens()[b, t], np.float64)
+        logits = token @ p['router']['kernel'] + p['router']['bias']
+        np.testing.assert_allclose(output.router_logits[b, t], logits, rtol=1e-4, atol=1e-5)
+        chosen = np.argsort(-logits)[:K]
+        weights = np.exp(logits[chosen]) / np.exp(logits[chosen]).sum()
+        expected = np.zeros(D)
+        for e, weight in zip(chosen, weights, strict=True):
+            gate, up = np.einsum('d,dcf->cf', token, p['gate_up'][e]) + p['gate_up_bias'][e]
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+            hidden = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+            expected += weight * (hidden @ p['down'][e] + p['down_bias'][e])
+        np.testing.assert_allclose(y[b, t], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_jitter_is_noise_on_what_router_and_routed_experts_see_in_training_alone():
+    # One expert, no shared one: the output of the layer is the expert's of the noisy input.
+    config = MoEConfig(RouterConfig(1, 1, jitter=0.25), expert_dim=F)
+    layer, ones, mask = MoELayer(config, 'silu'), jnp.ones((2, 500, D)), jnp.ones((2, 500), bool)
+    params = nn.unbox(layer.init(jax.random.key(0), ones, mask))['params']
+    # The first logit is the first coordinate of what the router saw.
+    params['router']['kernel'] = jnp.zeros((D, 1)).at[0].set(1.0)
+    _, calm = layer.apply({'params': params}, ones, mask)
+    assert np.all(calm.router_logits == 1)
+    apply = functools.partial(layer.apply, {'params': params}, ones, mask)
+    y, noisy = apply(rngs={'jitter': jax.random.key(1)})
+    seen = np.asarray(noisy.router_logits)
+    assert 0.75 <= seen.min() < 0.76 < 1.24 < seen.max() <= 1.25
+    np.testing.assert_allclose(seen.std(), 0.5 / 12**0.5, rtol=0.1)
+    assert np.asarray(y).std(axis=(0, 1)).min() > 1e-3
+    np.testing.assert_array_equal(apply(rngs={'jitter': jax.random.key(1)})[0], y)
+    assert np.any(apply(rngs={'jitter': jax.random.key(2)})[0] != y)
+
+
+def test_expert_choice_and_hash_are_the_same_in_every_dispatch():
+    ids = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    for choice in ('expert', 'hash'):
+        outputs = []
+        for dispatch in ('dense', 'capacity', 'grouped'):
+            router = RouterConfig(E, K, choice=choice)
+            config = MoEConfig(router, F, dispatch=dispatch, capacity_factor=10.0)
+            layer = MoELayer(config, 'silu')
+            variables = nn.unbox(boxed_variables())['params']
+            names = ('router', 'gate_up', 'down')
+            params = {'params': {name: variables[name] for name in names}}
+            outputs.append(jax.jit(layer.apply)(params, tokens(), jnp.array(MASK), ids))
+        for y, router in outputs[1:]:
+            np.testing.assert_allclose(y, outputs[0][0], rtol=1e-4, atol=1e-5)
+            assert router.dropped == 0
+        load = outputs[0][1].load
+        # Four and five unmasked tokens: ceil(4 * 2 / 4) + ceil(5 * 2 / 4) for each expert.
+        assert np.all(load == 5) if choice == 'expert' else load.sum() == MASK.sum() * K
+        assert np.abs(outputs[0][0]).max() > 0.01
+
+
+def test_soft_layer_has_slots_and_passes_every_expert():
+    config = MoEConfig(RouterConfig(E, E, choice='soft', slots=3, bias=True), F, bias=True)
+    layer = MoELayer(config, 'silu')
+    variables = nn.unbox(layer.init(jax.random.key(0), tokens(), jnp.array(MASK)))
+    shapes = jax.tree.map(jnp.shape, variables['params'])
+    assert shapes['router'] == {'kernel': (D, E, 3), 'bias': (E, 3)}
+    y, output = jax.jit(layer.apply)(variables, tokens(), jnp.array(MASK))
+    np.testing.assert_allclose(output.load.sum(), MASK.sum(), rtol=1e-5)
+    assert np.all(np.asarray(y)[~MASK] == 0)
+    assert np.abs(np.asarray(y)[MASK]).max() > 1e-3
