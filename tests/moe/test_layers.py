@@ -1,13 +1,20 @@
-"""Norm, rotary positions and gated MLP against float64 NumPy."""
+"""Norm, products and gated MLP against float64 NumPy."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.layers import GatedMLP, activation_fn, kernel_init, linear, rms_norm
-from moe.rope import apply_rope
-from moe.rope import rope_tables as tables
+from moe.layers import (
+    GatedMLP,
+    RMSNorm,
+    activation_fn,
+    kernel_init,
+    linear,
+    rms_norm,
+    soft_cap,
+)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -36,28 +43,20 @@ def test_rms_norm_squares_in_float32_and_casts_before_the_weight():
     np.testing.assert_array_equal(normed[0], expected)
 
 
-def test_rope_rotates_pairs_half_a_head_apart():
-    x, positions, theta = (
-        normal(0, 2, 5, 3, 8),
-        np.array([[0, 1, 2, 7, 90], [3, 0, 1, 2, 40]]),
-        50.0,
-    )
-    angles = positions[..., None] * theta ** (-np.arange(4) / 4)
-    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, :, None]
-    expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
-    rotated = apply_rope(jnp.asarray(x, jnp.float32), *tables(jnp.asarray(positions), 8, theta))
-    np.testing.assert_allclose(rotated, expected, atol=2e-5)
+def test_a_scale_less_one_multiplies_before_the_cast():
+    x, stored = jnp.asarray(normal(0, 2, 3, 8), jnp.bfloat16), normal(1, 8) * 0.1
+    norm = RMSNorm(1e-6, unit_offset=True, scale_float32=True)
+    exact = np.asarray(x, np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6) * (1 + stored)
+    params = {'params': {'scale': jnp.asarray(stored, jnp.float32)}}
+    np.testing.assert_array_equal(norm.apply(params, x), exact.astype(jnp.bfloat16))
+    assert not nn.unbox(norm.init(jax.random.key(0), x))['params']['scale'].any()
 
 
-def test_rope_makes_products_depend_on_distance_alone():
-    q, k = (jnp.asarray(normal(seed, 1, 1, 1, 8), jnp.float32) for seed in range(2))
-
-    def product(i: int, j: int) -> float:
-        at = [tables(jnp.array([[position]]), 8, 10_000.0) for position in (i, j)]
-        return float((apply_rope(q, *at[0]) * apply_rope(k, *at[1])).sum())
-
-    assert product(9, 4) == pytest.approx(product(5, 0), abs=1e-5)
-    assert abs(product(9, 4) - product(4, 9)) > 1e-2
+def test_soft_cap_bends_towards_the_cap():
+    capped = soft_cap(jnp.array([0.0, 5.0, -500.0]), 10.0)
+    np.testing.assert_allclose(capped, [0, 4.62117157, -10], rtol=1e-6)
+    np.testing.assert_array_equal(soft_cap(jnp.array([500.0]), None), [500.0])
 
 
 def test_linear_contracts_all_axes_after_the_second():
