@@ -9,7 +9,14 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from moe.accounting import bytes_per_token, flops_per_token, parameter_report
-from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
+from moe.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    MoEConfig,
+    RouterConfig,
+    TransformerConfig,
+)
 from moe.errors import InputError
 from moe.sharding import abstract_variables
 from moe.transformer import Transformer
@@ -94,6 +101,16 @@ def test_bytes_by_hand() -> None:
         {'tie_embeddings': True, 'scan_layers': False},
         {'moe': None, 'attention': AttentionConfig(4, 2, 6, qk_norm='full')},
         {'num_layers': 5, 'moe': dataclasses.replace(TINY.moe, layers=(1, 4), shared_dim=0)},
+        {
+            'attention': (
+                AttentionConfig(4, 2, 6, sinks=True, qkv_bias=True, output_bias=True),
+                LatentAttentionConfig(2, 6, 8, 4, 4, 10),
+                LatentAttentionConfig(2, 6, 8, 4, 4),
+                LinearAttentionConfig(2, 4, 6, 3),
+            ),
+            'num_layers': 6,
+            'post_norms': True,
+        },
     ],
 )
 def test_parameters_are_those_of_the_model(changes: dict[str, Any]) -> None:
@@ -155,11 +172,12 @@ def products(jaxpr: Any) -> int:
     return total
 
 
-def test_flops_are_the_products_of_the_traced_model() -> None:
+@pytest.mark.parametrize('attention', [TINY.attention, LatentAttentionConfig(2, 6, 8, 4, 5, 10)])
+def test_flops_are_the_products_of_the_traced_model(attention: Any) -> None:
     everyone = dataclasses.replace(
         TINY.moe, router=RouterConfig(num_experts=3, experts_per_token=3), dispatch='dense'
     )
-    config = dataclasses.replace(TINY, moe=everyone, scan_layers=False)
+    config = dataclasses.replace(TINY, moe=everyone, attention=attention, scan_layers=False)
     model = Transformer(config)
     tokens = jax.ShapeDtypeStruct((1, 7), jnp.int32)
     traced = jax.make_jaxpr(lambda v, t: model.apply(v, t).logits)(
@@ -167,6 +185,24 @@ def test_flops_are_the_products_of_the_traced_model() -> None:
     )
     counted = flops_per_token(config, context_length=7, causal=False).total
     assert products(traced.jaxpr) == 7 * counted
+
+
+def test_windows_latents_and_states_by_hand() -> None:
+    kinds = (
+        AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=2, window=3),
+        LatentAttentionConfig(num_heads=2, kv_rank=6, nope_dim=8, rope_dim=4, value_dim=5),
+        LinearAttentionConfig(num_heads=2, key_dim=4, value_dim=6, gate_rank=3),
+    )
+    config = dataclasses.replace(TINY, num_layers=3, attention=kinds, moe=None)
+    flops = flops_per_token(config, context_length=5)
+    # In a window of 3 five queries see 1 + 2 + 3 + 3 + 3 keys, and else 15 in all.
+    window, latent, state = 12 * (4 * 2 * 2), 15 * (2 * 2 * (12 + 5)), 5 * (6 * 2 * 4 * 6)
+    assert flops.by_part['attention_scores'] == (window + latent + state) // 5
+    # Keys and values of 3 tokens, latents of 5; 3 inputs of a convolution, and a float32 state.
+    kept = 3 * (2 * 2) + 5 * (6 + 4) + 3 * (2 * (4 + 4 + 6))
+    cache = bytes_per_token(config, batch=1, context_length=5, cache_dtype='bfloat16').cache
+    assert cache == 2 * kept + 4 * (2 * 4 * 6)
+    assert bytes_per_token(config, batch=1, context_length=2).cache == 4 * (kept - 4 - 30 + 48)
 
 
 def published(**fields: Any) -> TransformerConfig:

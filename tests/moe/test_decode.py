@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
+from moe.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    MoEConfig,
+    RouterConfig,
+    TransformerConfig,
+)
 from moe.decode import Sampling, filter_logits, generate, sample
 from moe.errors import InputError
 from moe.transformer import Transformer
@@ -38,20 +45,40 @@ def variables():
 
 def run(**settings):
     settings = {'max_new_tokens': 6, 'key': KEY, 'prompt_mask': MASK, **settings}
-    tokens, log_probs = generate(settings.pop('model', MODEL), variables(), PROMPTS, **settings)
+    model, params = settings.pop('model', MODEL), settings.pop('params', None) or variables()
+    tokens, log_probs = generate(model, params, PROMPTS, **settings)
     return np.asarray(tokens), np.asarray(log_probs)
 
 
-def log_probs_of(tokens: np.ndarray) -> np.ndarray:
+def log_probs_of(tokens: np.ndarray, model=MODEL, params=None) -> np.ndarray:
     """The model's log-probabilities where each token was written: one forward without a cache."""
     lengths = MASK.sum(axis=1)
     documents = np.zeros((3, 10), int)  # padded on the right, where causality makes it harmless
     for row, length in enumerate(lengths):
         documents[row, : length + 6] = np.concatenate([PROMPTS[row][MASK[row]], tokens[row]])
-    logits = np.asarray(jax.jit(MODEL.apply)(variables(), documents).logits, np.float64)
+    logits = np.asarray(jax.jit(model.apply)(params or variables(), documents).logits, np.float64)
     normalised = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     at = (lengths - 1)[:, None] + np.arange(6)
     return np.take_along_axis(normalised, at[:, :, None], axis=1)
+
+
+def test_windows_latents_and_states_continue_padded_prompts():
+    kinds = (
+        AttentionConfig(2, 1, 8, window=2, sinks=True),
+        LatentAttentionConfig(2, 6, 8, 4, 4),
+        LinearAttentionConfig(2, 4, 6, 3),
+    )
+    model = Transformer(
+        dataclasses.replace(
+            CONFIG, num_layers=3, attention=kinds, moe=None, logit_soft_cap=2.0, scan_layers=False
+        )
+    )
+    drawn = jax.jit(lambda key: nn.unbox(model.init(key, jnp.ones((1, 1), jnp.int32))))(KEY)
+    params = {**drawn, 'params': jax.tree.map(lambda leaf: leaf * 3.0, drawn['params'])}
+    tokens, log_probs = run(model=model, params=params, temperature=0.0)
+    expected = log_probs_of(tokens, model, params)
+    np.testing.assert_array_equal(tokens, expected.argmax(axis=-1))
+    np.testing.assert_allclose(log_probs, expected.max(axis=-1), atol=1e-4)
 
 
 @pytest.mark.parametrize('dispatch', ['dense', 'capacity'])
