@@ -5,6 +5,7 @@ mesh axis. Here either raises, and the message names the parameter.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -225,7 +226,9 @@ def batch_sharding(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> NamedShar
     return NamedSharding(mesh, spec_for(('batch',), rules))
 
 
+@functools.lru_cache(maxsize=32)
 def _boxed_variables(model: nn.Module) -> Any:
+    """Traces the initializer, which takes far longer than what it is asked for."""
     return jax.eval_shape(_initializer(model), jax.random.key(0))
 
 
