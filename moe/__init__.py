@@ -17,6 +17,7 @@ from moe.config import (
 from moe.decode import generate
 from moe.errors import InputError
 from moe.experts import MoELayer
+from moe.presets import preset
 from moe.routing import route
 from moe.sharding import MeshConfig, make_mesh, variable_shardings
 from moe.transformer import Transformer, output_head, update_selection_bias
@@ -48,6 +49,7 @@ __all__ = [
     'make_mesh',
     'output_head',
     'parameter_report',
+    'preset',
     'route',
     'router_z_loss',
     'update_selection_bias',

@@ -65,7 +65,7 @@ class YarnScaling:
         factor: at least 1.
         original_length: positions of the text before it was stretched.
         beta_fast: channels with at least this many turns over `original_length` are kept.
-        beta_slow: those with at most this many are interpolated; below `beta_fast`.
+        beta_slow: those with at most this many are interpolated; at most `beta_fast`.
         mscale: 0 where the published config has none.
         mscale_all_dim: likewise.
         truncate: whether the ends of the ramp between the two kinds are rounded outwards to whole
@@ -87,9 +87,9 @@ class YarnScaling:
         require(self.factor >= 1, 'rope_scaling.factor', 'at least 1', self.factor)
         positive('rope_scaling.original_length', self.original_length)
         require(
-            0 < self.beta_slow < self.beta_fast,
+            0 < self.beta_slow <= self.beta_fast,
             'rope_scaling.beta_slow',
-            f'positive and below beta_fast={self.beta_fast}',
+            f'positive and at most beta_fast={self.beta_fast}',
             self.beta_slow,
         )
         for name in ('mscale', 'mscale_all_dim'):

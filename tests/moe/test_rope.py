@@ -120,7 +120,7 @@ def test_linear_scaling_divides_positions():
     ('make', 'message'),
     [
         (lambda: YarnScaling(0.5, 4096), r'rope_scaling.factor must be at least 1; received 0.5'),
-        (lambda: YarnScaling(2.0, 4096, beta_fast=1.0), 'beta_slow must be positive and below'),
+        (lambda: YarnScaling(2.0, 4096, beta_fast=0.5), 'beta_slow must be positive and at most'),
         (lambda: YarnScaling(2.0, 0), 'original_length must be a positive integer'),
         (lambda: Llama3Scaling(2.0, 8, 4.0, 1.0), 'low_frequency_factor must be positive and'),
         (lambda: LinearScaling(0.0), 'factor must be at least 1'),
