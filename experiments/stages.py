@@ -164,7 +164,7 @@ def _recipe(
     built = context.model(model)
     axes = logical_axes(built)['params']
     chain = make_optimizer(optimizer, train.steps, axes)
-    return Recipe(built, objective, chain, train, balance, teacher)
+    return Recipe(built, objective, chain, train, balance, teacher, context.study.seed)
 
 
 def _train(

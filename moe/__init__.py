@@ -2,7 +2,13 @@
 
 from moe.accounting import bytes_per_token, flops_per_token, parameter_report
 from moe.attention_kinds import empty_cache
-from moe.balance import load_balance_loss, load_statistics, router_z_loss, updated_bias
+from moe.balance import (
+    load_balance_loss,
+    load_statistics,
+    router_confidence,
+    router_z_loss,
+    updated_bias,
+)
 from moe.config import (
     AttentionConfig,
     LatentAttentionConfig,
@@ -16,6 +22,7 @@ from moe.config import (
 )
 from moe.decode import generate
 from moe.errors import InputError
+from moe.expert_weights import split_experts, stack_experts
 from moe.experts import MoELayer
 from moe.presets import preset
 from moe.routing import route
@@ -51,7 +58,10 @@ __all__ = [
     'parameter_report',
     'preset',
     'route',
+    'router_confidence',
     'router_z_loss',
+    'split_experts',
+    'stack_experts',
     'update_selection_bias',
     'updated_bias',
     'variable_shardings',
