@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from distill.distributed import barrier, global_batch, initialize, is_writer
+from distill.distributed import barrier, data_share, global_batch, initialize, is_writer
 from moe.errors import InputError
 from moe.sharding import MeshConfig, batch_sharding, make_mesh
 
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 jax.config.update('jax_num_cpu_devices', 4)
-from distill.distributed import barrier, global_batch, initialize, is_writer
+from distill.distributed import barrier, data_share, global_batch, initialize, is_writer
 from moe.sharding import MeshConfig, batch_sharding, make_mesh
 
 settings, shared = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
@@ -36,6 +36,10 @@ mesh = make_mesh(MeshConfig(data=-1, tensor=2))
 local = {'tokens': np.arange(8).reshape(4, 2) + 100 * process, 'mask': np.arange(4) < 2 + process}
 batch = global_batch(local, batch_sharding(mesh))
 total = jax.jit(lambda b: jnp.sum(b['tokens'] * b['mask'][:, None]))(batch)
+# Rows that both processes hold, and half of the rows of each: one batch all the same.
+split = batch_sharding(make_mesh(MeshConfig(tensor=8)))
+whole = global_batch(np.arange(6).reshape(3, 2), split)
+shares = [data_share(batch_sharding(mesh)), data_share(split)]
 if process == 1:
     time.sleep(1)
     (shared / 'late').write_text('written before the barrier')
@@ -46,6 +50,7 @@ if is_writer():
 result = json.dumps({
     'process': process, 'count': jax.process_count(), 'devices': jax.device_count(),
     'shape': batch['tokens'].shape, 'total': int(total), 'late': late,
+    'shares': shares, 'whole': whole.shape, 'sum': int(jax.jit(jnp.sum)(whole)),
 })
 (shared / f'result-{process}.json').write_text(result)
 barrier('end')
@@ -110,6 +115,8 @@ def test_two_processes_are_one(tmp_path: Path, found: str) -> None:
         assert result['shape'] == [8, 2]
         # Rows 0, 1 of process 0 (0..3), and rows 0, 1, 2 of process 1 (100..105).
         assert result['total'] == sum(range(4)) + sum(range(100, 106))
+        assert result['shares'] == [[result['process'], 2], [0, 1]]
+        assert (result['whole'], result['sum']) == ([3, 2], sum(range(6)))
         assert result['late'], 'the barrier did not wait for process 1'
     assert [path.name for path in tmp_path.glob('writer-*')] == ['writer-0']
 
@@ -156,6 +163,11 @@ def test_global_batch_places_rows() -> None:
     np.testing.assert_array_equal(batch[1], rows[:, 0] > 5)
     assert batch[0].sharding == sharding
     assert {shard.data.shape for shard in batch[0].addressable_shards} == {(2, 3)}
+
+
+def test_one_process_reads_everything() -> None:
+    for mesh in (MeshConfig(data=8), MeshConfig(data=2, tensor=4), MeshConfig(tensor=8)):
+        assert data_share(batch_sharding(make_mesh(mesh))) == (0, 1)
 
 
 def test_global_batch_that_does_not_divide() -> None:

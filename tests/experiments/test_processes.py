@@ -58,12 +58,12 @@ def by_two(
 def test_train_to_the_same_parameters(
     uninterrupted: pathlib.Path, by_two: pathlib.Path, stage: str
 ):
+    """Not bit for bit: sums over processes are made in another order than sums within one."""
     one, two = (checkpoint_arrays(workdir, stage) for workdir in (uninterrupted, by_two))
     assert one.keys() == two.keys()
-    worst = {k: np.abs(one[k].astype(np.float64) - two[k]).max() for k in one}
-    print('WORST', max(worst.values()), {k: v for k, v in worst.items() if v})
     for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        rounding = 1e-5 * np.abs(one[name]).max()
+        np.testing.assert_allclose(two[name], one[name], rtol=0, atol=rounding, err_msg=name)
 
 
 def test_evaluate_to_the_same_figures(uninterrupted: pathlib.Path, by_two: pathlib.Path):

@@ -1,0 +1,98 @@
+"""A study is built from its config, and what cannot go together is refused by name."""
+
+import dataclasses
+
+import pytest
+from tiny import get_config
+
+from experiments.fit import batch_shards, require_fit
+from experiments.study import StudyConfig, build_study
+from moe.errors import InputError
+from moe.sharding import MeshConfig, make_mesh
+
+
+def built(**overrides: object) -> StudyConfig:
+    """The tiny study with values under dotted keys changed."""
+    config = get_config()
+    for key, value in overrides.items():
+        *path, name = key.split('__')
+        part = config
+        for step in path:
+            part = part[step]
+        with part.unlocked(), part.ignore_type():
+            part[name] = value
+    return build_study(config)
+
+
+def test_builds_every_part():
+    study = built()
+    assert study.teacher.model.moe is None
+    assert study.student.model.moe.router.num_experts == 4
+    terms = {name: (term.name, term.weight) for name, term in study.student.terms.items()}
+    assert terms == {'kl': ('forward_kl', 0.9), 'ce': ('cross_entropy', 0.1)}
+    assert study.student.objective().needs_teacher
+    assert not study.control.objective().needs_teacher
+    assert study.evaluate.prompts == ('ab', 'the')
+
+
+@pytest.mark.parametrize(('tokenizer', 'vocab_size'), [('byte', 259), ('bpe', 300)])
+def test_models_have_the_vocabulary_of_the_tokenizer(tokenizer: str, vocab_size: int):
+    study = built(data__tokenizer=tokenizer, data__vocab_size=300)
+    assert study.teacher.model.vocab_size == study.student.model.vocab_size == vocab_size
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        ({'studnt': 1}, "config has no key 'studnt'. Did you mean 'student'"),
+        ({'data__sequence': 1}, "config.data has no key 'sequence'"),
+        ({'student__model__layers': 1}, "config.student.model has no key 'layers'"),
+        ({'data': 3}, 'config.data must be of type mapping'),
+        ({'teacher__model': None}, 'config.teacher.model must be of type mapping'),
+        ({'student__model__vocab_size': 9}, "is the tokenizer's; set config.data.vocab_size"),
+        ({'data__held_out_fraction': 1.0}, 'held_out_fraction must be between 0 and 1'),
+        ({'data__seq_len': 0}, 'data.seq_len must be positive'),
+        ({'teacher__source': 'checkpoint'}, "source='checkpoint'"),
+        ({'teacher__train__micro_batches': 3}, 'a divisor of data.batch_size=8; received 3'),
+        ({'control__terms__ce__name': 'forward_kl'}, 'must need no teacher'),
+        ({'student__terms__ce__name': 'backward_kl'}, "'backward_kl'"),
+        ({'student__model__moe__router__selection_bias': False}, 'selection_bias=True'),
+        ({'evaluate__prompts': ()}, 'at least one text'),
+        ({'evaluate__chip': 'abacus'}, "No price is known for chip 'abacus'"),
+        ({'evaluate__temperature': -1.0}, 'zero or more'),
+    ],
+)
+def test_refuses(overrides: dict[str, object], message: str):
+    with pytest.raises(InputError) as caught:
+        built(**overrides)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('mesh', 'shards'),
+    [(MeshConfig(data=8), 8), (MeshConfig(2, 2, 2), 8), (MeshConfig(data=2, tensor=4), 2)],
+)
+def test_rows_are_split_over_the_batch_axes(mesh: MeshConfig, shards: int):
+    assert batch_shards(make_mesh(mesh)) == shards
+
+
+def test_what_fits_is_let_through():
+    require_fit(built(), make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'mesh', 'message'),
+    [
+        ({'data__batch_size': 12}, MeshConfig(data=8), 'config.data.batch_size / teacher'),
+        ({'student__train__micro_batches': 2}, MeshConfig(data=8), 'student.train.micro_batches'),
+        ({'evaluate__prefill_batch': 4}, MeshConfig(data=8), 'config.evaluate.prefill_batch'),
+        ({}, MeshConfig(data=4, tensor=2), 'config.teacher.model does not fit'),
+        ({'student__model__moe__router__num_experts': 6}, MeshConfig(2, 1, 4), "('experts', size"),
+        ({'student__model__embed_dim': 20}, MeshConfig(fsdp=8), "('embed', size 20)"),
+    ],
+)
+def test_what_does_not_fit_is_named(overrides: dict[str, object], mesh: MeshConfig, message: str):
+    study = dataclasses.replace(built(**overrides), mesh=mesh)
+    with pytest.raises(InputError) as caught:
+        require_fit(study, make_mesh(mesh))
+    assert message in str(caught.value)

@@ -1,0 +1,65 @@
+"""Every config file is a study that can be built, and says what running it takes."""
+
+import importlib.util
+import pathlib
+import types
+
+import jax
+import ml_collections
+import pytest
+
+from experiments.study import build_study
+from moe.accounting import parameter_report
+from moe.sharding import abstract_variables
+from moe.transformer import Transformer
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+FILES = sorted(path for path in CONFIGS.glob('*.py') if path.name != '__init__.py')
+STUDIES = [path for path in FILES if path.name != 'base.py']
+
+
+def load(path: pathlib.Path) -> types.ModuleType:
+    """Imports a config file as the launcher does: by its path."""
+    spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_is_a_quickstart():
+    assert 'quickstart.py' in [path.name for path in STUDIES]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_is_a_study_whose_models_can_be_made(path: pathlib.Path):
+    study = build_study(load(path).get_config())
+    for config in (study.teacher.model, study.student.model):
+        variables = abstract_variables(Transformer(config))
+        sizes = [leaf.size for leaf in jax.tree.leaves(variables['params'])]
+        assert sum(sizes) == parameter_report(config).total
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_lists_are_tuples(path: pathlib.Path):
+    """A list could not be overridden as a whole from the command line."""
+
+    def lists(values: ml_collections.ConfigDict, prefix: str) -> list[str]:
+        found = []
+        for key, value in values.items():
+            if isinstance(value, ml_collections.ConfigDict):
+                found += lists(value, f'{prefix}.{key}')
+            elif isinstance(value, list):
+                found.append(f'{prefix}.{key}')
+        return found
+
+    assert lists(load(path).get_config(), 'config') == []
+
+
+@pytest.mark.parametrize('path', STUDIES, ids=lambda path: path.stem)
+def test_says_how_to_run_it_and_what_that_takes(path: pathlib.Path):
+    text = load(path).__doc__ or ''
+    assert f'python -m experiments.launch --config=configs/{path.name}' in text
+    for word in ('hardware', 'minutes'):
+        assert word in text.lower()
