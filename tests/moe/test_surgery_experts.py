@@ -163,12 +163,13 @@ def test_groups_are_pruned_evenly_or_not_at_all():
 
 
 def test_average_linkage_by_hand():
-    # On a line: 0, 1 | 5 | 6.5, 9: 1 and 1.5 apart first, then 9 to the pair (3.25) before 0-1.
-    rows = np.array([0.0, 5.0, 1.0, 6.5, 9.0])[None, :, None]
+    # On a line; the twins first, then 1.5 to them. 3.1 is 2.6 from the three on average (1.6 from
+    # the nearest, 2.35 with both parts counted alike) and 2.5 from 5.6.
+    rows = np.array([0.0, 3.1, 0.0, 1.5, 5.6])[None, :, None]
     assert cluster_experts(rows, 5).tolist() == [[0, 1, 2, 3, 4]]
     assert cluster_experts(rows, 4).tolist() == [[0, 1, 0, 2, 3]]
-    assert cluster_experts(rows, 3).tolist() == [[0, 1, 0, 1, 2]]
-    assert cluster_experts(rows, 2).tolist() == [[0, 1, 0, 1, 1]]
+    assert cluster_experts(rows, 3).tolist() == [[0, 1, 0, 0, 2]]
+    assert cluster_experts(rows, 2).tolist() == [[0, 1, 0, 0, 1]]
     assert cluster_experts(rows, 1).tolist() == [[0, 0, 0, 0, 0]]
 
 
