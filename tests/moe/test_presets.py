@@ -47,7 +47,7 @@ def counts(name: str, without: str) -> tuple[float, float]:
     ],
 )
 def test_counts_are_the_published_ones(name, total, active, without):
-    """Within one percent; where that is less than the last published digit says, within the digit."""
+    """Within one percent, or, where the published digits say less than that, within the last."""
     for counted, published in zip(counts(name, without), (total, active), strict=True):
         digit = 10.0 ** -len(published.partition('.')[2])
         # Some cut the digits that they leave out, some round.
