@@ -1,11 +1,15 @@
 """Launches of a tiny study in processes of their own, and what their checkpoints hold."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +20,7 @@ from distill.checkpoint import CheckpointManager, read_metadata
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = 'tests/experiments/tiny.py'
 STEPS = 12
+LONGEST_LAUNCH = 400  # seconds, on a machine that has much else to do
 MESH = ('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.mesh.expert=2')
 KILL, TERMINATE = int(signal.SIGKILL), int(signal.SIGTERM)
 
@@ -66,17 +71,23 @@ class Launcher:
         return answer['pid'], output
 
     def wait(self, started: Started) -> Finished:
-        """Waits until a launch has ended."""
+        """Waits until a launch has ended; kills it where it does not."""
         pid, output = started
-        return Finished(self._ask(wait=pid)['status'], output.read_text())
+        watchdog = threading.Timer(LONGEST_LAUNCH, os.kill, (pid, KILL))
+        watchdog.start()
+        try:
+            return Finished(self._ask(wait=pid)['status'], output.read_text())
+        finally:
+            watchdog.cancel()
 
     def run(self, *argv: str, **how: Any) -> Finished:
         """Launches and waits."""
         return self.wait(self.start(*argv, **how))
 
-    def command(self, *argv: str, devices: int = 8) -> subprocess.Popen[str]:
-        """Starts a launch from a true command line."""
-        return subprocess.Popen(
+    @contextlib.contextmanager
+    def command(self, *argv: str, devices: int = 8) -> Iterator[subprocess.Popen[str]]:
+        """Starts a launch from a true command line, and sees to it that it ends."""
+        command = subprocess.Popen(
             [sys.executable, '-m', 'experiments.launch', *argv],
             cwd=ROOT,
             env=self.environment | {'JAX_NUM_CPU_DEVICES': str(devices)},
@@ -84,6 +95,11 @@ class Launcher:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        try:
+            yield command
+        finally:
+            command.kill()
+            command.communicate()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None

@@ -259,11 +259,11 @@ def test_no_space_for_a_file(
 
 def test_true_command_lines(launcher: Launcher, tmp_path: pathlib.Path):
     """What the forks above show holds where Python starts anew."""
-    commands = [
-        launcher.command(f'--config={TINY}'),
-        launcher.command(*launcher.flags(tmp_path, '--config.student.model.num_layer=3')),
-    ]
-    parts = ('--workdir=PATH is required', 'num_layers')
-    for command, part in zip(commands, parts, strict=True):
-        output, _ = command.communicate(timeout=100)
+    commands = {
+        '--workdir=PATH is required': (f'--config={TINY}',),
+        'num_layers': launcher.flags(tmp_path, '--config.student.model.num_layer=3'),
+    }
+    for part, argv in commands.items():
+        with launcher.command(*argv) as command:
+            output, _ = command.communicate(timeout=100)
         assert_one_screen(Finished(command.returncode, output), part)

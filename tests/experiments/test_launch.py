@@ -83,7 +83,7 @@ def test_overrides_and_a_teacher_from_a_checkpoint(
 
 
 def test_help(launcher: Launcher):
-    command = launcher.command('--help')
-    output, _ = command.communicate(timeout=100)
+    with launcher.command('--help') as command:
+        output, _ = command.communicate(timeout=100)
     assert '--workdir' in output
     assert 'python -m experiments.launch --config=' in output

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 import shutil
 import signal
 import time
@@ -60,6 +61,7 @@ def test_killed_at_moments_of_chance(
 ):
     flags = launcher.flags(tmp_path, '--stages=teacher', *MESH)
     metrics = tmp_path / 'teacher' / 'metrics.jsonl'
+    chance = random.SystemRandom()
     for _ in range(2):
         started = launcher.start(*flags)
         seen = metrics.read_text() if metrics.exists() else ''
@@ -68,6 +70,7 @@ def test_killed_at_moments_of_chance(
             if metrics.exists() and metrics.read_text() not in ('', seen):
                 break
             time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.3))
         os.kill(started[0], signal.SIGKILL)
         assert launcher.wait(started).status in (-KILL, 0)
     finished = launcher.run(*flags)
@@ -90,12 +93,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 
 def test_sigterm_to_a_command(launcher: Launcher, tmp_path: pathlib.Path):
     flags = launcher.flags(tmp_path, '--stages=teacher', '--config.teacher.train.steps=1000000')
-    command = launcher.command(*flags, devices=1)
     metrics = tmp_path / 'teacher' / 'metrics.jsonl'
-    while command.poll() is None and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.05)
-    command.terminate()
-    output, _ = command.communicate(timeout=60)
+    with launcher.command(*flags, devices=1) as command:
+        while command.poll() is None and not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.05)
+        command.terminate()
+        output, _ = command.communicate(timeout=60)
     assert command.returncode == 0, output
     assert 'Stopped as asked, saved at step' in output
     assert 'Traceback' not in output
