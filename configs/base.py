@@ -1,7 +1,7 @@
 """Every key of a study, with its unit and its default. Studies start from here and change values.
 
-A None that may be set from the command line is a placeholder with a type. Lists are tuples. Sizes here
-are those of a small trial; a study sets its own.
+A None that may be set from the command line is a placeholder with a type. Lists are tuples. Sizes
+here are those of a small trial; a study sets its own.
 """
 
 import ml_collections

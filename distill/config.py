@@ -44,13 +44,13 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer updates.
-        micro_batches: equal parts that a batch is split into; their gradients add up to the whole batch's.
+        micro_batches: equal parts of a batch; their gradients add up to the whole batch's.
         chunk_size: tokens whose logits exist at one time in the fused loss.
         log_every: steps between rows of metrics.
         checkpoint_every: steps between checkpoints.
         keep_latest: checkpoints kept besides the best.
-        max_skipped: updates in a row that may be skipped for a non-finite loss or gradient before the run
-            stops.
+        max_skipped: updates in a row that may be skipped for a non-finite loss or gradient before
+            the run stops.
     """
 
     steps: int

@@ -114,7 +114,7 @@ def _save_array(path: pathlib.Path, array: np.ndarray) -> None:
     header = np.lib.format.header_data_from_array_1_0(array)
     with path.open('wb') as file:
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(memoryview(array).cast('B'))
+        file.write(array.tobytes())
 
 
 def _load(directory: pathlib.Path) -> TokenCorpus:

@@ -109,8 +109,8 @@ def data_share(sharding: NamedSharding) -> tuple[int, int]:
         InputError: where the rows that this process holds are no such part.
     """
     rows = sharding.mesh.size
-    indices = sharding.addressable_devices_indices_map((rows,))
-    held = sorted({row for (rows_of_one,) in indices.values() for row in range(rows)[rows_of_one]})
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    held = sorted({row for index in indices if index for row in range(rows)[index[0]]})
     size = len(held)
     if rows % size or held[0] % size or held[-1] - held[0] != size - 1:
         raise InputError(

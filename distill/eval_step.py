@@ -107,7 +107,7 @@ def _row_sums(
 
 def _forward(model: Transformer, variables: Any, batch: Batch) -> tuple[Array, Array, tuple]:
     """Returns the last hidden state, the head in the same dtype, and the routers' outputs."""
-    output = model.apply(
+    output: Any = model.apply(
         variables,
         batch.tokens,
         positions=batch.positions,

@@ -115,15 +115,13 @@ def expert_load(
     relative = load / np.maximum(load.mean(1, keepdims=True), 1e-12)
     rows, experts = load.shape
     figure, (axes,) = _figure(1, height=min(6.0, 1.5 + 0.42 * rows))
-    image = axes.imshow(
-        relative, cmap='YlGnBu', vmin=0, vmax=max(2.0, relative.max()), aspect='auto'
-    )
+    highest = max(2.0, float(relative.max()))
+    image = axes.imshow(relative, cmap='YlGnBu', vmin=0, vmax=highest, aspect='auto')
     axes.set_yticks(range(rows), [str(i) for i in (range(rows) if layers is None else layers)])
     if experts <= 16:
         axes.set_xticks(range(experts))
-        middle = image.norm.vmax / 2 if image.norm.vmax else 1.0
         for (row, column), value in np.ndenumerate(relative):
-            color = 'white' if value > middle * 1.1 else _INK
+            color = 'white' if value > 0.55 * highest else _INK
             axes.text(
                 column, row, f'{value:.2f}', ha='center', va='center', fontsize=8, color=color
             )

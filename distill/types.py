@@ -14,7 +14,7 @@ class Batch:
         tokens: input ids.
         labels: the next token of the same document; arbitrary where `mask` is False.
         mask: True where the position counts in losses and metrics.
-        segment_ids: 1, 2, ... a document within a row; 0 for padding. Attention stays within a segment.
+        segment_ids: 1, 2, ... a document within a row; 0 for padding. Attention stays within one.
         positions: from 0 within each document.
     """
 

@@ -83,8 +83,12 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return {key: _convert(item, inner, f'{path}.{key}') for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    return _of_class(value, hint, path)
+
+
+def _of_class(value: Any, hint: Any, path: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise _wrong_type(path, getattr(hint, '__name__', str(hint)), value)
+        raise _wrong_type(path, hint.__name__, value)
     return value
 
 

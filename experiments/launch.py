@@ -9,6 +9,7 @@ complete in the workdir are skipped, and one that was cut off goes on where it w
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -33,13 +34,17 @@ NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator_
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'With --coordinator_address: of this one.')
 
 
+def _required(flag: flags.FlagHolder[Any]) -> Any:
+    if not flag.value:
+        raise InputError(
+            f'--{flag.name}=PATH is required. {flags.FLAGS[flag.name].help} See --help.'
+        )
+    return flag.value
+
+
 def main() -> None:
     """Runs the stages that were asked for."""
-    for flag in (CONFIG, WORKDIR):
-        if not flag.value:
-            raise InputError(
-                f'--{flag.name}=PATH is required. {flags.FLAGS[flag.name].help} See --help.'
-            )
+    config, workdir = _required(CONFIG), _required(WORKDIR)
     require_stages(tuple(STAGE_NAMES.value))
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(
@@ -48,8 +53,8 @@ def main() -> None:
         process_id=PROCESS_ID.value,
     )
     context = Context(
-        CONFIG.value,
-        WORKDIR.value,
+        config,
+        workdir,
         command=shlex.join(['python', '-m', 'experiments.launch', *sys.argv[1:]]),
         stop=StopSignal(),
         json_path=None if JSON.value is None else pathlib.Path(JSON.value),

@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from experiments.study import build_study
-from moe.accounting import parameter_report
+from moe.accounting import flops_per_token, parameter_report
 from moe.sharding import abstract_variables
 from moe.transformer import Transformer
 
@@ -63,3 +63,13 @@ def test_says_how_to_run_it_and_what_that_takes(path: pathlib.Path):
     assert f'python -m experiments.launch --config=configs/{path.name}' in text
     for word in ('hardware', 'minutes'):
         assert word in text.lower()
+
+
+def test_the_quickstart_student_costs_a_tenth_of_its_teacher():
+    study = build_study(load(CONFIGS / 'quickstart.py').get_config())
+    length = study.evaluate.context_length
+    teacher, student = (
+        flops_per_token(config, context_length=length).total
+        for config in (study.teacher.model, study.student.model)
+    )
+    assert teacher >= 10 * student
