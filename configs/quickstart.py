@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     student.model.update(num_layers=2, embed_dim=96, mlp_dim=128)
     student.model.attention.update(num_heads=3, num_kv_heads=1, head_dim=32)
     student.model.moe.router.update(num_experts=8, experts_per_token=2)
-    student.model.moe.expert_dim = 64
+    student.model.moe.expert_dim = 48
     student.optimizer.update(name='muon', learning_rate=1e-2, warmup_steps=20)
     student.train.update(steps=180, checkpoint_every=90)
     student.balance.update(selection_bias_rate=0.01, load_balance_weight=0.01)

@@ -7,6 +7,7 @@ one's own (`dataclasses.replace`, or a new `ChipPrice`) is meant to take its pla
 
 import dataclasses
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ class ChipPrice:
     Attributes:
         chip: the name it is asked for by.
         usd_per_hour: of one chip, with its share of the host.
+        device_kind: a regular expression of what jax calls the chip (`Device.device_kind`).
         date: as of which the price was known, YYYY-MM.
         source: whose price, for what, where, in words.
         peak_flops: dense bfloat16 FLOP/s of the vendor's data sheet; None where none is published.
@@ -39,6 +41,7 @@ class ChipPrice:
 
     chip: str
     usd_per_hour: float
+    device_kind: str
     date: str
     source: str
     peak_flops: float | None = None
@@ -55,17 +58,23 @@ class ChipPrice:
             peak = getattr(self, name)
             require(peak is None or peak > 0, where + name, 'positive, or None', peak)
 
+    def is_of(self, device_kind: str) -> bool:
+        """Whether the price is that of a device that jax calls `device_kind`."""
+        return re.fullmatch(self.device_kind, device_kind) is not None
+
 
 PRICES = (
     ChipPrice(
         chip='cpu-2vcpu',
         usd_per_hour=0.08925,
+        device_kind='cpu',
         date='2025-06',
         source='Amazon EC2 on-demand list price, c7i.large (2 vCPU, 4 GiB), Linux, N. Virginia',
     ),
     ChipPrice(
         chip='tpu-v5e',
         usd_per_hour=1.20,
+        device_kind='TPU v5( lite|e)',
         date='2025-06',
         source='Google Cloud TPU on-demand list price a chip-hour, lowest of the US regions',
         peak_flops=197e12,
@@ -74,6 +83,7 @@ PRICES = (
     ChipPrice(
         chip='tpu-v5p',
         usd_per_hour=4.20,
+        device_kind='TPU v5p?',
         date='2025-06',
         source='Google Cloud TPU on-demand list price a chip-hour, lowest of the US regions',
         peak_flops=459e12,
@@ -82,6 +92,7 @@ PRICES = (
     ChipPrice(
         chip='tpu-v6e',
         usd_per_hour=2.70,
+        device_kind='TPU v6( lite|e)',
         date='2025-06',
         source='Google Cloud TPU on-demand list price a chip-hour, lowest of the US regions',
         peak_flops=918e12,
@@ -90,6 +101,7 @@ PRICES = (
     ChipPrice(
         chip='h100',
         usd_per_hour=6.88,
+        device_kind='NVIDIA H100.*',
         date='2025-06',
         source='Amazon EC2 on-demand list price, p5.48xlarge ($55.04) over its 8 GPUs, N. Virginia',
         peak_flops=989e12,
@@ -98,6 +110,7 @@ PRICES = (
     ChipPrice(
         chip='h200',
         usd_per_hour=7.91,
+        device_kind='NVIDIA H200.*',
         date='2025-06',
         source='Amazon EC2 on-demand list price, p5en.48xlarge ($63.30) over its 8 GPUs, Ohio',
         peak_flops=989e12,

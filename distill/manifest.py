@@ -95,3 +95,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _digest(files: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_sha256(directory: Path) -> str:
+    """Reads the one checksum that stands for every file under a complete directory."""
+    return json.loads((directory / MANIFEST).read_text(encoding='utf-8'))['sha256']

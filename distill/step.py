@@ -16,6 +16,7 @@ from distill.objective import Objective
 from distill.router_loss import router_loss
 from distill.teacher import OnlineTeacher
 from distill.types import Batch, TrainState
+from moe.errors import InputError
 from moe.transformer import Transformer, output_head, update_selection_bias
 from moe.types import ModelOutput
 
@@ -43,6 +44,15 @@ class Recipe:
     balance: BalanceConfig
     teacher: OnlineTeacher | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        moe, balance = self.model.config.moe, self.balance
+        biased = moe is not None and moe.router.selection_bias
+        if balance.selection_bias_rate > 0 and not biased:
+            raise InputError(
+                f'selection_bias_rate={balance.selection_bias_rate} needs a model whose routers '
+                'have selection_bias=True; received one without. Set it, or set the rate to 0.'
+            )
 
 
 def initial_state(recipe: Recipe, variables: dict[str, Any]) -> TrainState:
@@ -238,7 +248,7 @@ def _loss(
     output = _forward(recipe, params, state, part)
     loss, pairs = fused_distillation_loss(
         output.hidden,
-        output_head(model.config, params),
+        output_head(model.config, params).astype(output.hidden.dtype),
         None if recipe.teacher is None else recipe.teacher.targets(teacher, batch),
         recipe.objective.at(state.step),
         labels=batch.labels,

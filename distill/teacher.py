@@ -39,5 +39,5 @@ class OnlineTeacher:
             segment_ids=batch.segment_ids,
             logits=False,
         )
-        head = output_head(self.model.config, variables['params'])
+        head = output_head(self.model.config, variables['params']).astype(output.hidden.dtype)
         return jax.lax.stop_gradient(HiddenTargets(hidden=output.hidden, head=head))

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from experiments.signals import StopSignal
 from experiments.study import StudyConfig, build_study
 from experiments.workdir import Workdir
 from moe.config import TransformerConfig
+from moe.errors import InputError
 from moe.sharding import batch_sharding, make_mesh
 from moe.transformer import Transformer
 
@@ -64,7 +66,14 @@ class Context:
     def split(self) -> tuple[list[Document], list[Document]]:
         """Train and held-out documents."""
         data = self.study.data
-        documents = _limited(read_documents(data.source, field=data.field), data.max_bytes)
+        found = read_documents(data.source, field=data.field)
+        documents = _limited(found, data.max_bytes)
+        if len(documents) < len(found) and distributed.is_writer():
+            print(
+                f'text: {len(documents)} of {len(found)} documents are used, within '
+                f'data.max_bytes={data.max_bytes}',
+                file=sys.stderr,
+            )
         return split_documents(documents, data.held_out_fraction, self.study.seed)
 
     @functools.cached_property
@@ -129,6 +138,11 @@ def _limited(documents: list[Document], max_bytes: int) -> list[Document]:
     sizes = (len(documents[index].text.encode()) for index in ranked)
     behind = itertools.accumulate(sizes)
     kept = {index for index, size in zip(ranked, behind, strict=True) if size <= max_bytes}
+    if documents and len(kept) < 2 <= len(documents):
+        raise InputError(
+            f'data.max_bytes must leave room for 2 documents at least; received {max_bytes}, which '
+            f'{len(kept)} of {len(documents)} fit in. Raise it, or cut the text into smaller files.'
+        )
     return [document for index, document in enumerate(documents) if index in kept]
 
 

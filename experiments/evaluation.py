@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from distill.cost import (
@@ -13,6 +14,7 @@ from distill.cost import (
     usd_per_million_tokens,
 )
 from distill.evaluate import Evaluation, compare, evaluate, expert_statistics, summarize
+from experiments.circumstances import circumstances
 from experiments.context import Context
 from experiments.fit import batch_shards
 from experiments.watch import progress_line
@@ -28,8 +30,8 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
     """Measures teacher, student and control on the same held-out text and this machine.
 
     Returns:
-        `models`, `comparison` and `experts` of the summary, the student's expert `load` and the
-        `samples` of every model.
+        `models`, `comparison` and `experts` of the summary, the student's expert `load`, the
+        `samples` of every model, and the circumstances of the measurement.
     """
     with progress_line('evaluate', len(models)) as line:
         evaluations, costs, samples = {}, {}, {}
@@ -50,12 +52,13 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         | teacher_to_student(
             teacher_flops=teacher['flops_per_token'],
             student_flops=student['flops_per_token'],
-            teacher_usd=teacher['usd_per_million_tokens']['value'],
-            student_usd=student['usd_per_million_tokens']['value'],
+            teacher_usd=_dollars(teacher),
+            student_usd=_dollars(student),
         ),
         'experts': expert_statistics(evaluations['student']),
         'load': evaluations['student'].load.tolist(),
         'samples': samples,
+        'circumstances': circumstances(),
     }
 
 
@@ -83,10 +86,33 @@ def _cost(context: Context, model: Transformer, variables: Any) -> dict[str, Any
         'flops_per_token': flops_per_token(model.config, context_length=length).total,
         'bytes_per_token': bytes_per_token(model.config, batch=1, context_length=length).total,
         'tokens_per_second': speed,
-        'usd_per_million_tokens': dict(
-            usd_per_million_tokens(speed, chip_price(config.chip), chips=jax.device_count())
-        ),
+        **_price(config.chip, speed),
     }
+
+
+def _price(chip: str, tokens_per_second: float) -> dict[str, Any]:
+    """Prices the measured throughput, where it was measured on the chip that is charged."""
+    price, device = chip_price(chip), jax.devices()[0]
+    if not price.is_of(device.device_kind):
+        logging.warning(
+            'evaluate.chip=%s is another kind of device than the %r that was measured: no price '
+            'is given. Choose the chip, or add its price to distill/cost.py.',
+            chip,
+            device.device_kind,
+        )
+        return {}
+    # The devices of a process on a CPU are threads of one machine.
+    chips = jax.process_count() if device.platform == 'cpu' else jax.device_count()
+    return {
+        'usd_per_million_tokens': dict(
+            usd_per_million_tokens(tokens_per_second, price, chips=chips)
+        )
+    }
+
+
+def _dollars(row: dict[str, Any]) -> float | None:
+    price = row.get('usd_per_million_tokens')
+    return None if price is None else price['value']
 
 
 def _prefill_tokens(context: Context) -> jax.Array:

@@ -2,12 +2,8 @@
 
 import json
 import pathlib
-import platform
-import subprocess
-from importlib import metadata
 from typing import Any
 
-import jax
 import numpy as np
 
 from distill import distributed
@@ -15,7 +11,6 @@ from distill.report import write_report
 from distill.tables import headline, terminal_table
 from experiments.context import Context
 
-_LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'tokenizers')
 _UNITS = {
     'bits_per_byte': 'bits/byte',
     'cross_entropy': 'nats/token',
@@ -62,7 +57,7 @@ def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
             if value is None:
                 continue
             row = {'name': f'{model}/{name}', 'value': value, 'unit': unit}
-            if reference is not None:
+            if reference:
                 row |= {'reference': reference, 'ratio': value / reference}
             rows.append(row | {'conditions': summary['command']})
     return rows
@@ -75,21 +70,12 @@ def _number(measured: Any) -> float | None:
 
 def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
     stages = {name: context.workdir.result(name) for name in (*_TRAINED, 'evaluate')}
-    commit = _git_commit()
     return {
         'schema': 1,
         'command': context.command,
         'config': json.loads(json.dumps(context.values)),
         'seed': context.study.seed,
-        **({} if commit is None else {'git_commit': commit}),
-        'versions': {'python': platform.python_version()}
-        | {name: metadata.version(name) for name in _LIBRARIES},
-        'devices': {
-            'kind': jax.devices()[0].device_kind,
-            'count': jax.device_count(),
-            'processes': jax.process_count(),
-            'machine': platform.machine(),
-        },
+        **evaluation['circumstances'],
         'stages': {
             name: {key: result[key] for key in ('seconds', 'steps', 'tokens') if key in result}
             for name, result in stages.items()
@@ -99,22 +85,6 @@ def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
         'comparison': evaluation['comparison'],
         'experts': evaluation['experts'],
     }
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that runs, marked where it has changes; None outside of one."""
-    root = pathlib.Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
 
 
 def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ from distill.teacher import OnlineTeacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
 from experiments.reporting import write_study_report
-from experiments.training import Run, load_model, train_model
+from experiments.seen import record_seen, refuse_seen
+from experiments.training import Run, load_model, model_sha256, train_model
 from moe.config import TransformerConfig
 from moe.errors import InputError
 from moe.sharding import logical_axes, variable_shardings
@@ -39,7 +40,9 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
     for name, stage in STAGES.items():
         if name not in names:
             continue
-        complete = context.workdir.result(name) is not None
+        # Figures that are asked for are written, though the report stands.
+        again = name == 'report' and context.json_path is not None
+        complete = context.workdir.result(name) is not None and not again
         # Nobody may see what this stage writes before everybody has seen what was there.
         distributed.barrier(f'{name}: decided')
         if complete:
@@ -50,8 +53,8 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
             raise Stopped(f'before stage {name!r}')
         start = time.perf_counter()
         result = stage(context)
-        seconds = round(time.perf_counter() - start, 3)
-        context.workdir.complete(name, {'seconds': seconds} | result)
+        seconds = result.pop('seconds_before', 0.0) + time.perf_counter() - start
+        context.workdir.complete(name, {'seconds': round(seconds, 3)} | result)
         distributed.barrier(f'{name}: complete')
 
 
@@ -92,7 +95,14 @@ def student(context: Context) -> dict[str, Any]:
     )
     if not recipe.objective.needs_teacher:
         raise InputError('config.student.terms must hold a divergence from the teacher.')
-    return _train(context, 'student', recipe, key=_STUDENT_KEY, teacher=variables)
+    return _train(
+        context,
+        'student',
+        recipe,
+        key=_STUDENT_KEY,
+        teacher=variables,
+        taught_by=model_sha256(_teacher_folder(context) / 'model'),
+    )
 
 
 def control(context: Context) -> dict[str, Any]:
@@ -141,7 +151,12 @@ def load_teacher(context: Context) -> tuple[Transformer, Any]:
     """Loads the frozen teacher in its own dtype, each array on the devices that hold it."""
     config = context.study.teacher
     trained = context.model(config.model)
-    variables = _load(context, 'teacher', trained, folder=config.checkpoint)
+    folder = _teacher_folder(context)
+    if config.checkpoint is not None:
+        refuse_seen(folder, context.split[1])
+    variables = load_model(
+        folder / 'model', trained, context.mesh, context.identity(trained.config)
+    )
     frozen = dataclasses.replace(config.model, dtype=config.dtype, param_dtype=config.dtype)
     model = context.model(frozen)
     cast = jax.jit(
@@ -149,6 +164,12 @@ def load_teacher(context: Context) -> tuple[Transformer, Any]:
         out_shardings=variable_shardings(model, context.mesh)['params'],
     )
     return model, variables | {'params': cast(variables['params'])}
+
+
+def _teacher_folder(context: Context) -> pathlib.Path:
+    """The stage that made the teacher, of this study or of another."""
+    checkpoint = context.study.teacher.checkpoint
+    return context.workdir.path / 'teacher' if checkpoint is None else pathlib.Path(checkpoint)
 
 
 def _recipe(
@@ -168,7 +189,13 @@ def _recipe(
 
 
 def _train(
-    context: Context, stage: str, recipe: Recipe, *, key: int, teacher: Any = None
+    context: Context,
+    stage: str,
+    recipe: Recipe,
+    *,
+    key: int,
+    teacher: Any = None,
+    taught_by: str | None = None,
 ) -> dict[str, Any]:
     data = context.study.data
     # Bad text is found out before the folder becomes this study's.
@@ -180,13 +207,15 @@ def _train(
         mesh=context.mesh,
         teacher={} if teacher is None else teacher,
         key=jax.random.fold_in(jax.random.key(context.study.seed), key),
-        identity=context.identity(recipe.model.config),
+        identity=context.identity(recipe.model.config) | {'teacher': taught_by},
         tokens_per_step=data.batch_size * data.seq_len,
     )
+    if distributed.is_writer():
+        record_seen(run.folder, context.split[0])
     return train_model(run, pipeline, context.stop)
 
 
-def _load(context: Context, stage: str, model: Transformer, folder: str | None = None) -> Any:
-    """Loads the variables of a trained stage, of this study or in another folder."""
-    path = context.workdir.path / stage if folder is None else pathlib.Path(folder)
-    return load_model(path / 'model', model, context.mesh, context.identity(model.config))
+def _load(context: Context, stage: str, model: Transformer) -> Any:
+    """Loads the variables of a trained stage of this study."""
+    folder = context.workdir.path / stage / 'model'
+    return load_model(folder, model, context.mesh, context.identity(model.config))

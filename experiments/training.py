@@ -13,6 +13,7 @@ from distill import distributed
 from distill.checkpoint import CheckpointManager, complete_steps, read_metadata
 from distill.data import TrainPipeline
 from distill.loop import Hooks, train
+from distill.manifest import manifest_sha256
 from distill.optimizer import optimizer_state_shardings
 from distill.step import Recipe, StepMetrics, initial_state, make_train_step
 from distill.types import Batch, TrainState
@@ -55,7 +56,7 @@ def train_model(run: Run, pipeline: TrainPipeline, stop: StopSignal) -> dict[str
     """Trains to the last step, from the newest good checkpoint where there is one.
 
     Returns:
-        What the stage reports: seconds of all its sessions, steps and tokens.
+        What the stage reports: steps, tokens, and the seconds of its sessions before this one.
     """
     config = run.recipe.train
     shardings = state_shardings(run.recipe, run.mesh)
@@ -90,7 +91,7 @@ def train_model(run: Run, pipeline: TrainPipeline, stop: StopSignal) -> dict[str
             manager.close()
     save_model(run.folder / 'model', state, run.identity)
     return {
-        'seconds': round(watch.seconds(), 3),
+        'seconds_before': seconds_before,
         'steps': config.steps,
         'tokens': config.steps * run.tokens_per_step,
     }
@@ -120,6 +121,11 @@ def save_model(folder: pathlib.Path, state: TrainState, identity: dict[str, Any]
         manager.save(int(state.step), variables, data_state={}, metadata={'identity': identity})
     finally:
         manager.close()
+
+
+def model_sha256(folder: pathlib.Path) -> str:
+    """Identifies a saved model by the checksums of its files."""
+    return manifest_sha256(folder / str(max(complete_steps(folder), default=0)))
 
 
 def load_model(

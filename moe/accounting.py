@@ -103,7 +103,8 @@ def flops_per_token(
         config: the model.
         context_length: `T`, tokens in the sequence, at least 1.
         causal: False counts all `T` keys a query, as an implementation does that masks the full
-            `T x T` scores (XLA's own count of this package's attention).
+            `T x T` scores. This package's leaves out most of what is masked, in blocks: XLA's
+            count of it lies between the two, and at `T` of one block equals the latter.
 
     Returns:
         Forward FLOPs per token, rounded down to whole ones.

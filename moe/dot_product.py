@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that keeps no [T, S] array for its backward pass.
+"""Scaled dot-product attention that keeps nothing [T, S] for its backward pass but the mask.
 
 Queries are taken in blocks. A causal block leaves out the keys after its last query, and those
 before the window of its first, so about half of the products are never made, or more; the backward

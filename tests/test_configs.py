@@ -1,15 +1,18 @@
 """Every config file is a study that can be built, and says what running it takes."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import types
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
 from experiments.study import build_study
 from moe.accounting import flops_per_token, parameter_report
+from moe.config import TransformerConfig
 from moe.sharding import abstract_variables
 from moe.transformer import Transformer
 
@@ -73,3 +76,24 @@ def test_the_quickstart_student_costs_a_tenth_of_its_teacher():
         for config in (study.teacher.model, study.student.model)
     )
     assert teacher >= 10 * student
+
+
+def test_xla_agrees_that_the_student_costs_a_tenth():
+    study = build_study(load(CONFIGS / 'quickstart.py').get_config())
+    length = study.evaluate.context_length
+    teacher, student = study.teacher.model, study.student.model
+    # All experts on all tokens cost what the chosen ones do where there are no others.
+    router = dataclasses.replace(
+        student.moe.router, num_experts=student.moe.router.experts_per_token
+    )
+    moe = dataclasses.replace(student.moe, router=router, dispatch='dense')
+    student = dataclasses.replace(student, moe=moe)
+    assert xla_flops(teacher, length) >= 10 * xla_flops(student, length)
+
+
+def xla_flops(config: TransformerConfig, length: int) -> float:
+    """XLA's count of one forward pass; unrolled, since it counts the body of a loop once."""
+    model = Transformer(dataclasses.replace(config, scan_layers=False))
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    compiled = jax.jit(model.apply).lower(abstract_variables(model), tokens).compile()
+    return compiled.cost_analysis()['flops']

@@ -23,7 +23,7 @@ from moe.accounting import flops_per_token
 from moe.config import AttentionConfig, TransformerConfig
 from moe.errors import InputError
 
-OWN = ChipPrice('own', 3.6, '2025-01', 'a friend', peak_flops=2e12)
+OWN = ChipPrice('own', 3.6, 'own chip', '2025-01', 'a friend', peak_flops=2e12)
 STUDENT = TransformerConfig(
     vocab_size=10, num_layers=1, embed_dim=4, mlp_dim=6, attention=AttentionConfig(2, 1, 2)
 )
@@ -147,3 +147,19 @@ def test_prefill_is_the_median_of_runs_after_a_warm_up(monkeypatch: pytest.Monke
     assert waited == [(2, 6)] * 4
     with pytest.raises(InputError, match='repeats must be at least 1'):
         measure_prefill(Doubler(), variables, tokens, repeats=0)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'chips'),
+    [
+        ('cpu', ['cpu-2vcpu']),
+        ('TPU v5 lite', ['tpu-v5e']),
+        ('TPU v5', ['tpu-v5p']),
+        ('TPU v6 lite', ['tpu-v6e']),
+        ('NVIDIA H100 80GB HBM3', ['h100']),
+        ('NVIDIA H200', ['h200']),
+        ('NVIDIA A100-SXM4-80GB', []),
+    ],
+)
+def test_a_price_is_of_the_device_that_jax_names(kind: str, chips: list[str]) -> None:
+    assert [price.chip for price in PRICES if price.is_of(kind)] == chips

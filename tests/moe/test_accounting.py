@@ -253,3 +253,22 @@ def test_bad_counts_are_refused() -> None:
         bytes_per_token(TINY, batch=0, context_length=1)
     with pytest.raises(InputError, match=r"dtype must be one of float32, .* received 'int4'"):
         bytes_per_token(TINY, batch=1, context_length=1, param_dtype='int4')  # type: ignore
+
+
+def test_xla_counts_between_the_causal_and_the_full_products_of_long_rows() -> None:
+    config = TransformerConfig(
+        vocab_size=64,
+        num_layers=1,
+        embed_dim=32,
+        mlp_dim=64,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32),
+        scan_layers=False,
+    )
+    length = 256
+    causal, full = (
+        flops_per_token(config, context_length=length, causal=causal).total
+        for causal in (True, False)
+    )
+    # Softmax, norms and the mask come on top of the products: a few percent of so small a model.
+    assert causal < compiled_flops(config, 1, length) < 1.1 * full
+    assert full > 1.2 * causal
