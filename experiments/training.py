@@ -136,7 +136,9 @@ def load_model(
     Raises:
         InputError: where the folder holds none, or those of another model or tokenizer.
     """
-    require_identity(read_metadata(folder).metadata['identity'], identity, folder)
+    saved = read_metadata(folder).metadata['identity']
+    # By whom a model was taught matters to who goes on training it, not to who uses it.
+    require_identity({key: saved.get(key) for key in identity}, identity, folder)
     shapes, shardings = abstract_variables(model), variable_shardings(model, mesh)
     shapes, shardings = {'routing': {}} | shapes, {'routing': {}} | shardings
     manager = CheckpointManager(folder)
