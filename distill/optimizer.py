@@ -25,16 +25,17 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: the peak, of AdamW and of Muon (whose updates are scaled to AdamW's RMS).
-        name: 'adamw' for every parameter; 'muon' for the matrices between embedding and head (each
-            layer's, expert's, gate's and up-projection's by itself) and AdamW for the rest.
+        name: 'adamw' for every parameter; 'muon' for the matrices between embedding and head whose
+            sides both have a logical axis (each layer's, expert's, gate's and up-projection's by
+            itself) and AdamW for the rest: the router, convolutions and low-rank factors too.
         warmup_steps: updates of linear warm-up; update s, from 0, uses (s + 1) / warmup_steps.
         schedule: after the warm-up: 'cosine' to the end, 'wsd' (warm-up, stable, decay: constant,
             then linear) or 'constant'.
         decay_fraction: the share of all steps in which 'wsd' decays; used by 'wsd' alone.
         final_fraction: of the peak, where 'cosine' and 'wsd' end.
         weight_decay: decoupled, multiplied by the learning rate. Matrices decay, the head and the
-            router with them; norm scales do not, nor embeddings, whose rare rows would shrink at
-            every step and be pulled back at few.
+            router with them; norm scales, biases, sinks and rates do not, nor embeddings, whose
+            rare rows would shrink at every step and be pulled back at few.
         b1: decay of AdamW's first moment.
         b2: decay of AdamW's second moment.
         eps: added to denominators.
@@ -184,18 +185,17 @@ def _map_axes(function: Any, axes: Any) -> Any:
 def _sides(axes: Axes) -> tuple[tuple[int, ...], ...]:
     """The axes of one matrix (two sides) or vector (one): heads and head_dim are one side.
 
-    Layers and experts stack matrices; so does the unnamed gate/up axis, the middle one of three.
+    Layers and experts stack matrices; so does the gate/up axis, the unnamed one before 'mlp'.
     """
     sides: list[tuple[int, ...]] = []
     for index, name in enumerate(axes):
-        if name in _STACKING_AXES:
+        is_gate_up = name is None and axes[index + 1 : index + 2] == ('mlp',)
+        if name in _STACKING_AXES or is_gate_up:
             continue
         if name == 'head_dim' and index > 0 and axes[index - 1] in _HEAD_AXES:
             sides[-1] += (index,)
         else:
             sides.append((index,))
-    if len(sides) == 3 and axes[sides[1][0]] is None:
-        del sides[1]
     if len(sides) > 2:
         raise ValueError(f'A parameter must be a stack of matrices or vectors; received {axes}.')
     return tuple(sides)

@@ -14,7 +14,17 @@ from distill.optimizer import (
     make_optimizer,
     optimizer_state_shardings,
 )
+from moe.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    MoEConfig,
+    RouterConfig,
+    TransformerConfig,
+)
 from moe.errors import InputError
+from moe.sharding import abstract_variables, logical_axes
+from moe.transformer import Transformer
 
 AXES = {
     'embed': {'embedding': ('vocab', 'embed')},
@@ -259,6 +269,73 @@ def test_muon_on_stacked_experts_equals_muon_on_each():
     for name, update in split(together['w']).items():
         np.testing.assert_allclose(update, alone[name], rtol=1e-4, atol=1e-6)
         assert float(jnp.abs(update).max()) > 1e-3
+
+
+# Every parameter that a model can have, by what becomes of it under name='muon'.
+ORTHOGONALISED = {
+    *('attention/q', 'attention/k', 'attention/v', 'attention/o', 'attention/beta'),
+    *('mlp/gate_up', 'mlp/down', 'shared/gate_up', 'shared/down', 'moe/gate_up', 'moe/down'),
+}
+DECAYED = {
+    *('head/kernel', 'router/kernel', 'attention/conv'),
+    *('attention/q_down', 'attention/q_up', 'attention/kv_down', 'attention/kv_up'),
+    *('attention/decay_in', 'attention/decay_out', 'attention/gate_in', 'attention/gate_out'),
+}
+LEFT = {
+    *('embed/embedding', 'final_norm/scale', 'mlp_norm/scale', 'mlp_post_norm/scale'),
+    *('attention_norm/scale', 'attention_post_norm/scale', 'q_norm/scale', 'k_norm/scale'),
+    *('kv_norm/scale', 'o_norm/scale', 'attention/sinks', 'attention/log_rate'),
+    *('attention/q_bias', 'attention/k_bias', 'attention/v_bias', 'attention/o_bias'),
+    *('attention/decay_bias', 'router/bias', 'moe/gate_up_bias', 'moe/down_bias'),
+}
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_what_becomes_of_every_parameter(scan_layers: bool):
+    router = RouterConfig(4, 2, bias=True, selection_bias=True)
+    full = dict(qk_norm='full', sinks=True, qkv_bias=True, output_bias=True)
+    config = TransformerConfig(
+        vocab_size=9,
+        num_layers=4,
+        embed_dim=8,
+        mlp_dim=6,
+        attention=(
+            AttentionConfig(2, 2, 4, **full),
+            AttentionConfig(2, 2, 4, qk_norm='head'),
+            LatentAttentionConfig(2, 4, 4, 4, 4, query_rank=3),
+            LinearAttentionConfig(2, 4, 4, 3),
+        ),
+        moe=MoEConfig(router, 6, shared_dim=5, bias=True, first_dense_layers=1),
+        post_norms=True,
+        scan_layers=scan_layers,
+    )
+    model = Transformer(config)
+    axes, shapes = logical_axes(model)['params'], abstract_variables(model)['params']
+
+    def names(tree, chosen):
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path[-2:], simple=True, separator='/')
+            for path, leaf in found
+            if chosen(path, leaf)
+        }
+
+    def second_moment(path, _):
+        return any(getattr(key, 'name', None) == 'nu' for key in path)
+
+    everything = names(shapes, lambda path, leaf: True)
+    assert everything == ORTHOGONALISED | DECAYED | LEFT
+    muon = make_optimizer(OptimizerConfig(1.0, name='muon'), 5, axes)
+    by_adamw = names(jax.eval_shape(muon.init, shapes), second_moment)
+    assert everything - by_adamw == ORTHOGONALISED
+
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    zeros = jax.tree.map(np.zeros_like, params)
+    adamw = make_optimizer(OptimizerConfig(1.0, schedule='constant'), 5, axes)
+    updates, _ = adamw.update(zeros, adamw.init(params), params)
+    moved = names(updates, lambda path, leaf: np.allclose(leaf, -0.1))
+    assert moved == ORTHOGONALISED | DECAYED
+    assert names(updates, lambda path, leaf: not np.any(leaf)) == LEFT
 
 
 def test_parameter_that_is_no_stack_of_matrices_is_refused():
