@@ -1,6 +1,7 @@
 """A study as frozen dataclasses, built from its ConfigDict before anything runs."""
 
 import dataclasses
+import os
 from typing import Any, Literal
 
 import ml_collections
@@ -8,11 +9,13 @@ import ml_collections
 from distill.config import BalanceConfig, TrainConfig
 from distill.cost import chip_price
 from distill.objective import Objective, Term
-from distill.optimizer import OptimizerConfig
+from distill.optimizer import OptimizerConfig, learning_rate_schedule
+from distill.schedules import Schedule
 from distill.tokenizer import ByteTokenizer
 from experiments.build import build
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
+from moe.routing import require_causal
 from moe.sharding import MeshConfig
 
 
@@ -56,7 +59,16 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """A teacher trained in this run, or a checkpoint of ours."""
+    """A teacher trained in this run, or a checkpoint of ours.
+
+    Attributes:
+        source: 'train' or 'checkpoint'.
+        checkpoint: the folder of a stage that trained it; `~` is the home folder.
+        dtype: of the frozen teacher's parameters and activations.
+        model: its architecture.
+        optimizer: how it is trained; read where source='train', as is the next.
+        train: for how long.
+    """
 
     source: Literal['train', 'checkpoint']
     checkpoint: str | None
@@ -72,6 +84,17 @@ class TeacherConfig:
                 f"source='checkpoint'; received source={self.source!r} and "
                 f'checkpoint={self.checkpoint!r}.'
             )
+        if self.checkpoint is not None:
+            object.__setattr__(self, 'checkpoint', os.path.expanduser(self.checkpoint))
+        _require_causal(self.model)
+        if self.source == 'train':
+            learning_rate_schedule(self.optimizer, self.train.steps)
+            moe = self.model.moe
+            if moe is not None and moe.router.selection_bias:
+                raise InputError(
+                    "model.moe.router.selection_bias must be False for source='train': training "
+                    'the teacher never moves the biases. Set it to False.'
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +114,37 @@ class StudentConfig:
                 f'balance.selection_bias_rate={rate} needs model.moe.router.selection_bias=True; '
                 'set it, or set the rate to 0.'
             )
-        self.objective()
+        for name in ('load_balance_weight', 'router_z_weight'):
+            weight = getattr(self.balance, name)
+            if weight > 0 and moe is None:
+                raise InputError(
+                    f'balance.{name}={weight} needs routers, and model.moe is None; give the model '
+                    'experts, or set the weight to 0.'
+                )
+        _require_causal(self.model)
+        learning_rate_schedule(self.optimizer, self.train.steps)
+        if not any(term.needs_teacher and _ever_counts(term) for term in self.objective().terms):
+            received = ', '.join(f'{t.name} (weight {t.weight})' for t in self.terms.values())
+            raise InputError(
+                'terms must hold a divergence from the teacher whose weight is not always zero; '
+                f'received {received}. '
+                "Add one, such as dict(name='forward_kl', weight=1.0)."
+            )
 
     def objective(self) -> Objective:
         """The weighted sum of the terms."""
         return Objective(tuple(self.terms.values()))
+
+
+def _require_causal(model: TransformerConfig) -> None:
+    if model.moe is not None:
+        require_causal(model.moe.router, 'A study, which compares models that read left to right,')
+
+
+def _ever_counts(term: Term) -> bool:
+    """Whether a term's weight is above zero at any step."""
+    weight = term.weight
+    return any(bound > 0 for bound in weight.bounds) if isinstance(weight, Schedule) else weight > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,18 @@ def test_models_have_the_vocabulary_of_the_tokenizer(tokenizer: str, vocab_size:
     assert study.teacher.model.vocab_size == study.student.model.vocab_size == vocab_size
 
 
+def moe(**router: object) -> dict[str, object]:
+    """Experts with these fields of their router."""
+    return dict(router=dict(num_experts=4, experts_per_token=2) | router, expert_dim=8)
+
+
+WITHOUT_BIAS = {
+    'student__model__moe__router__selection_bias': False,
+    'student__balance__selection_bias_rate': 0.0,
+}
+DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0.0}
+
+
 @pytest.mark.parametrize(
     ('overrides', 'message'),
     [
@@ -60,12 +72,61 @@ def test_models_have_the_vocabulary_of_the_tokenizer(tokenizer: str, vocab_size:
         ({'evaluate__prompts': ()}, 'at least one text'),
         ({'evaluate__chip': 'abacus'}, "No price is known for chip 'abacus'"),
         ({'evaluate__temperature': -1.0}, 'zero or more'),
+        (
+            {'teacher__optimizer__warmup_steps': 12},
+            'In config.teacher: optimizer.warmup_steps must',
+        ),
+        (
+            {'student__optimizer__warmup_steps': 12},
+            'In config.student: optimizer.warmup_steps must',
+        ),
+        ({'student__optimizer__schedule': 'wsd', 'student__train__steps': 2}, 'total_steps=2'),
+        ({'student__terms__kl__weight': 0.0}, 'terms must hold a divergence from the teacher'),
+        (
+            {'student__terms__kl__weight': dict(kind='constant', start=0.0)},
+            'terms must hold a divergence from the teacher',
+        ),
+        ({'student__terms': dict(ce=dict(name='cross_entropy'))}, 'cross_entropy (weight 1.0)'),
+        (WITHOUT_BIAS | {'student__model__moe__router__choice': 'expert'}, "choice='expert'"),
+        (
+            WITHOUT_BIAS
+            | {
+                'student__model__moe__router__experts_per_token': 4,
+                'student__model__moe__router__choice': 'soft',
+            },
+            'A study, which compares models that read left to right, needs',
+        ),
+        ({'teacher__model__moe': moe(choice='expert')}, 'In config.teacher: A study'),
+        (
+            {'teacher__model__moe': moe(selection_bias=True)},
+            'In config.teacher: model.moe.router.selection_bias must be False',
+        ),
+        (DENSE | {'student__balance__load_balance_weight': 0.1}, 'load_balance_weight=0.1 needs'),
+        (DENSE | {'student__balance__router_z_weight': 0.1}, 'router_z_weight=0.1 needs routers'),
     ],
 )
 def test_refuses(overrides: dict[str, object], message: str):
     with pytest.raises(InputError) as caught:
         built(**overrides)
     assert message in str(caught.value)
+
+
+def test_lets_a_term_begin_or_end_at_zero():
+    for start, end in ((0.0, 1.0), (1.0, 0.0)):
+        weight = dict(kind='linear', start=start, end=end, steps=5)
+        assert built(student__terms__kl__weight=weight).student.objective().needs_teacher
+
+
+def test_a_teacher_from_a_checkpoint_is_not_trained(monkeypatch: pytest.MonkeyPatch):
+    """Nothing is asked of its schedule, its biases were moved where it was trained."""
+    monkeypatch.setenv('HOME', '/home/someone')
+    study = built(
+        teacher__source='checkpoint',
+        teacher__checkpoint='~/runs/one/student',
+        teacher__model__moe=moe(selection_bias=True),
+        teacher__optimizer__warmup_steps=99,
+    )
+    assert study.teacher.checkpoint == '/home/someone/runs/one/student'
 
 
 @pytest.mark.parametrize(
