@@ -1,9 +1,9 @@
 """The folder a study lives in: its config, and each stage's result once it is complete."""
 
-import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +12,9 @@ import ml_collections
 from moe.errors import InputError
 
 # What a study may be moved to or watched by without becoming another study.
-_FREE_KEYS = ('mesh.', 'train.log_every', 'train.checkpoint_every', 'train.keep_latest')
+_FREE_KEYS = re.compile(
+    r'mesh\.\w+|(teacher|student)\.train\.(log_every|checkpoint_every|keep_latest|max_skipped)'
+)
 
 
 class Workdir:
@@ -103,18 +105,12 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
         ) from error
 
 
-def file_sha256(file: pathlib.Path) -> str:
-    """Returns the hex digest of a file."""
-    with file.open('rb') as stream:
-        return hashlib.file_digest(stream, 'sha256').hexdigest()
-
-
 def _refuse_other_config(file: pathlib.Path, values: dict[str, Any]) -> None:
     saved, current = flatten(read_json(file)), flatten(values)
     differing = sorted(
         key
         for key in saved.keys() | current.keys()
-        if saved.get(key) != current.get(key) and not _is_free(key)
+        if saved.get(key) != current.get(key) and not _FREE_KEYS.fullmatch(key)
     )
     if not differing:
         return
@@ -132,10 +128,6 @@ def _refuse_other_config(file: pathlib.Path, values: dict[str, Any]) -> None:
             ]
         )
     )
-
-
-def _is_free(key: str) -> bool:
-    return any(f'.{key}'.find(f'.{free}') >= 0 for free in _FREE_KEYS)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A workdir belongs to one config, and remembers which stages are complete."""
 
+import ml_collections
 import pytest
 
 from configs.base import get_config
@@ -41,6 +42,40 @@ def test_a_study_may_move_to_another_mesh(tmp_path):
     moved.mesh.fsdp = 4
     moved.student.train.checkpoint_every = 7
     Workdir(tmp_path, moved)
+
+
+def test_a_diverged_study_may_go_on_with_more_patience(tmp_path):
+    Workdir(tmp_path, get_config()).stage('teacher')
+    patient = get_config()
+    patient.teacher.train.max_skipped = patient.student.train.max_skipped = 50
+    Workdir(tmp_path, patient)
+
+
+@pytest.mark.parametrize(
+    'key',
+    [
+        'student.terms.mesh.weight',
+        'student.train.log_every_else',
+        'control.train.log_every',
+        'meshes.data',
+    ],
+)
+def test_keys_that_only_resemble_free_ones_are_not(tmp_path, key: str):
+    def config(value: float) -> ml_collections.ConfigDict:
+        config = get_config()
+        with config.unlocked():
+            part = config
+            *parents, name = key.split('.')
+            for parent in parents:
+                if parent not in part:
+                    part[parent] = ml_collections.ConfigDict()
+                part = part[parent]
+            part[name] = value
+        return config
+
+    Workdir(tmp_path, config(1.0)).stage('teacher')
+    with pytest.raises(InputError, match=f'{key}: 1.0 there, 2.0 now'):
+        Workdir(tmp_path, config(2.0))
 
 
 def test_a_file_is_no_workdir(tmp_path):
