@@ -104,11 +104,6 @@ class Objective:
         """Whether any term compares with a teacher."""
         return any(term.needs_teacher for term in self.terms)
 
-    @property
-    def needs_labels(self) -> bool:
-        """Whether any term compares with labels."""
-        return not all(term.needs_teacher for term in self.terms)
-
     def at(self, step: Int[Array, ''] | int) -> tuple[Term, ...]:
         """Returns the terms with every schedule's value at a step, which may be traced."""
         return tuple(term.at(step) for term in self.terms)

@@ -6,7 +6,6 @@ that is its cell's last value.
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,11 +141,6 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=_DPI, metadata={'Software': None})
     return buffer.getvalue()
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as a PNG file; its directory must exist."""
-    Path(path).write_bytes(png(figure))
 
 
 def _figure(panels: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:

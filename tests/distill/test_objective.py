@@ -47,7 +47,6 @@ def test_what_an_objective_needs():
     distilled = Objective((Term('forward_kl'),))
     both = Objective((Term('cross_entropy'), Term('jsd')))
     assert [o.needs_teacher for o in (control, distilled, both)] == [False, True, True]
-    assert [o.needs_labels for o in (control, distilled, both)] == [True, False, True]
 
 
 def test_schedules_are_resolved_at_a_traced_step():
