@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from launching import MESH, TINY, Finished, Launcher, metric_rows
+from launching import LONGEST_LAUNCH, MESH, TINY, Finished, Launcher, metric_rows
 from test_resume import flip_a_byte
 
 from distill.checkpoint import complete_steps
@@ -169,6 +169,21 @@ def test_workdir_that_is_a_file(launcher: Launcher, tmp_path: pathlib.Path):
     assert_one_screen(launcher.run(*launcher.flags(tmp_path / 'file')), 'is a file')
 
 
+def test_paths_that_cannot_be(launcher: Launcher, tmp_path: pathlib.Path):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+    (tmp_path / 'dangling').symlink_to(tmp_path / 'nowhere')
+    for name, part in {
+        'file/study': 'Not a directory',
+        'x' * 300: 'File name too long',
+        'loop/study': 'Too many levels of symbolic links',
+        'dangling': 'File exists',
+    }.items():
+        workdir = tmp_path / name
+        finished = launcher.run(*launcher.flags(workdir, '--stages=teacher'), devices=1)
+        assert_one_screen(finished, str(workdir), part, '--workdir', status=1)
+
+
 def test_tokenizer_of_another_checkpoint(
     launcher: Launcher, trained: pathlib.Path, tmp_path: pathlib.Path
 ):
@@ -265,5 +280,5 @@ def test_true_command_lines(launcher: Launcher, tmp_path: pathlib.Path):
     }
     for part, argv in commands.items():
         with launcher.command(*argv) as command:
-            output, _ = command.communicate(timeout=100)
+            output, _ = command.communicate(timeout=LONGEST_LAUNCH)
         assert_one_screen(Finished(command.returncode, output), part)

@@ -4,7 +4,7 @@ import json
 import pathlib
 
 import numpy as np
-from launching import MESH, STEPS, Launcher, checkpoint_arrays, metric_rows
+from launching import LONGEST_LAUNCH, MESH, STEPS, Launcher, checkpoint_arrays, metric_rows
 
 TRAINED = ('teacher', 'student', 'control')
 STAGES = (*TRAINED, 'evaluate', 'report')
@@ -84,6 +84,6 @@ def test_overrides_and_a_teacher_from_a_checkpoint(
 
 def test_help(launcher: Launcher):
     with launcher.command('--help') as command:
-        output, _ = command.communicate(timeout=100)
+        output, _ = command.communicate(timeout=LONGEST_LAUNCH)
     assert '--workdir' in output
     assert 'python -m experiments.launch --config=' in output

@@ -9,6 +9,7 @@ import time
 
 from launching import (
     KILL,
+    LONGEST_LAUNCH,
     MESH,
     TERMINATE,
     Launcher,
@@ -65,7 +66,7 @@ def test_killed_at_moments_of_chance(
     for _ in range(2):
         started = launcher.start(*flags)
         seen = metrics.read_text() if metrics.exists() else ''
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LONGEST_LAUNCH
         while time.monotonic() < deadline:
             if metrics.exists() and metrics.read_text() not in ('', seen):
                 break
@@ -95,10 +96,13 @@ def test_sigterm_to_a_command(launcher: Launcher, tmp_path: pathlib.Path):
     flags = launcher.flags(tmp_path, '--stages=teacher', '--config.teacher.train.steps=1000000')
     metrics = tmp_path / 'teacher' / 'metrics.jsonl'
     with launcher.command(*flags, devices=1) as command:
-        while command.poll() is None and not (metrics.exists() and metrics.read_text()):
+        deadline = time.monotonic() + LONGEST_LAUNCH
+        while time.monotonic() < deadline and command.poll() is None:
+            if metrics.exists() and metrics.read_text():
+                break
             time.sleep(0.05)
         command.terminate()
-        output, _ = command.communicate(timeout=60)
+        output, _ = command.communicate(timeout=LONGEST_LAUNCH)
     assert command.returncode == 0, output
     assert 'Stopped as asked, saved at step' in output
     assert 'Traceback' not in output
