@@ -8,6 +8,11 @@ import ml_collections
 from ml_collections import config_dict
 
 
+def _mapping() -> config_dict.FieldReference:
+    """A None that a config file may set to a mapping; the command line then sets its keys."""
+    return config_dict.placeholder(ml_collections.ConfigDict)
+
+
 def attention() -> ml_collections.ConfigDict:
     """Fields of moe.AttentionConfig."""
     return ml_collections.ConfigDict(
@@ -17,6 +22,14 @@ def attention() -> ml_collections.ConfigDict:
             head_dim=32,
             qk_norm='head',  # 'none', 'head' or 'full'
             rope_theta=10_000.0,
+            rope_scaling=_mapping(),  # of a moe.LinearScaling, Llama3Scaling or YarnScaling
+            window=config_dict.placeholder(int),  # tokens a query sees; None for all
+            sinks=False,  # a learnt logit of each head, to attend to nothing
+            qkv_bias=False,
+            output_bias=False,
+            clip_qkv=config_dict.placeholder(float),
+            scale=config_dict.placeholder(float),  # of the scores; None for head_dim^-0.5
+            soft_cap=config_dict.placeholder(float),  # of the scores
         )
     )
 
@@ -29,8 +42,14 @@ def model() -> ml_collections.ConfigDict:
             embed_dim=128,
             mlp_dim=384,
             attention=attention(),
+            moe=_mapping(),  # `experts()` of a mixture-of-experts model
             activation='silu',  # 'silu', 'gelu' or 'clamped_swiglu'
             norm_eps=1e-6,
+            norm_unit_offset=False,  # scales are stored less one
+            norm_scale_float32=False,  # they multiply before the cast to dtype
+            post_norms=False,  # of what attention and MLP return
+            scale_embedding=False,  # by embed_dim^0.5
+            logit_soft_cap=config_dict.placeholder(float),
             tie_embeddings=True,
             scan_layers=True,
             remat='none',  # 'none', 'dots' or 'full'
@@ -80,9 +99,16 @@ def optimizer() -> ml_collections.ConfigDict:
             learning_rate=1e-3,  # at its peak
             warmup_steps=20,
             schedule='cosine',  # 'cosine', 'wsd' or 'constant'
+            decay_fraction=0.2,  # of all steps, in which 'wsd' decays
             final_fraction=0.1,  # of the peak, at the last step
             weight_decay=0.1,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
             clip_norm=1.0,
+            muon_momentum=0.95,
+            muon_iterations=5,
+            muon_rms=0.2,  # of an update; about AdamW's
         )
     )
 
@@ -104,7 +130,18 @@ def training(steps: int) -> ml_collections.ConfigDict:
 
 def term(name: str, **fields: float | str | bool) -> ml_collections.ConfigDict:
     """One term of an objective; `name` is a divergence, fields are those of distill.Term."""
-    return ml_collections.ConfigDict(dict(name=name, weight=1.0, temperature=1.0) | fields)
+    term = ml_collections.ConfigDict(
+        dict(
+            name=name,
+            weight=1.0,
+            temperature=1.0,  # of both sides
+            scale_by_temperature_squared=False,
+            beta=config_dict.placeholder(float),  # of 'jsd'
+            lam=config_dict.placeholder(float),  # of the skew divergences
+        )
+    )
+    term.update(fields)
+    return term
 
 
 def get_config() -> ml_collections.ConfigDict:

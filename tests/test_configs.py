@@ -9,11 +9,25 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from experiments.study import build_study
+from configs import base
+from distill.config import BalanceConfig, TrainConfig
+from distill.objective import Term
+from distill.optimizer import OptimizerConfig
+from experiments.study import (
+    ControlConfig,
+    EvaluateConfig,
+    StudentConfig,
+    StudyConfig,
+    TeacherConfig,
+    TextConfig,
+    build_study,
+)
 from moe.accounting import flops_per_token, parameter_report
-from moe.config import TransformerConfig
-from moe.sharding import abstract_variables
+from moe.config import AttentionConfig, Llama3Scaling, MoEConfig, RouterConfig, TransformerConfig
+from moe.sharding import MeshConfig, abstract_variables
 from moe.transformer import Transformer
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -42,6 +56,90 @@ def test_is_a_study_whose_models_can_be_made(path: pathlib.Path):
         variables = abstract_variables(Transformer(config))
         sizes = [leaf.size for leaf in jax.tree.leaves(variables['params'])]
         assert sum(sizes) == parameter_report(config).total
+
+
+# Every mapping in configs/base.py whose keys are somebody's fields.
+PARTS = {
+    '': StudyConfig,
+    'data': TextConfig,
+    'mesh': MeshConfig,
+    'teacher': TeacherConfig,
+    'student': StudentConfig,
+    'student.balance': BalanceConfig,
+    'student.terms.kl': Term,
+    'student.terms.ce': Term,
+    'student.model.moe': MoEConfig,
+    'student.model.moe.router': RouterConfig,
+    'control': ControlConfig,
+    'control.terms.ce': Term,
+    'evaluate': EvaluateConfig,
+} | {
+    f'{who}.{part}': cls
+    for who in ('teacher', 'student')
+    for part, cls in {
+        'model': TransformerConfig,
+        'model.attention': AttentionConfig,
+        'optimizer': OptimizerConfig,
+        'train': TrainConfig,
+    }.items()
+}
+# Mappings of names that a user chooses.
+NAMED = {'student.terms', 'control.terms'}
+
+
+def mappings(values: ml_collections.ConfigDict, path: str = '') -> dict[str, set[str]]:
+    """The keys of every mapping in a config, by its dotted path."""
+    found = {path: set(values.keys())}
+    for key, value in values.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            found |= mappings(value, f'{path}.{key}'.lstrip('.'))
+    return found
+
+
+def test_base_has_every_key():
+    keys = mappings(base.get_config())
+    assert keys.keys() == PARTS.keys() | NAMED
+    for path, cls in PARTS.items():
+        # The tokenizer knows how many ids a model needs.
+        derived = {'vocab_size'} if cls is TransformerConfig else set()
+        assert keys[path] == {field.name for field in dataclasses.fields(cls)} - derived, path
+
+
+def test_what_is_none_can_be_set_on_the_command_line():
+    settings = {
+        'teacher.model.logit_soft_cap': 30,
+        'teacher.model.attention.soft_cap': 50.0,
+        'teacher.model.attention.window': 128,
+        'teacher.model.attention.clip_qkv': 8.0,
+        'student.model.attention.scale': 0.125,
+        'student.terms.kl.name': 'jsd',
+        'student.terms.kl.beta': 0.25,
+        'student.terms.ce.weight': 0,
+        'student.model.moe.layers': '(1,3)',
+    }
+    argv = ['program', *(f'--config.{key}={value}' for key, value in settings.items())]
+    values = flags.FlagValues()
+    config = base.get_config()
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
+    values(argv)
+    study = build_study(values.config)
+    assert study.teacher.model.logit_soft_cap == 30.0
+    attention = study.teacher.model.attention
+    assert (attention.soft_cap, attention.window, attention.clip_qkv) == (50.0, 128, 8.0)
+    assert study.student.model.attention.scale == 0.125
+    assert study.student.model.moe.layers == (1, 3)
+    assert study.student.terms['kl'] == Term('jsd', weight=0.9, beta=0.25)
+
+
+def test_a_config_file_can_set_a_mapping_that_is_none():
+    config = base.get_config()
+    config.teacher.model.moe = base.experts()
+    config.teacher.model.moe.expert_dim = 48
+    scaling = dict(factor=4.0, original_length=512, low_frequency_factor=2.0)
+    config.teacher.model.attention.rope_scaling = ml_collections.ConfigDict(scaling)
+    model = build_study(config).teacher.model
+    assert model.moe.expert_dim == 48
+    assert model.attention.rope_scaling == Llama3Scaling(4.0, 512, 2.0)
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
