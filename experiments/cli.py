@@ -14,6 +14,16 @@ from moe.errors import InputError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A path that cannot be what it was given as: --workdir under a file, --json at a folder.
+_NO_SUCH_PATH = (
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
+_TOLD = (*_NO_SPACE, *_NO_ACCESS, *_NO_SUCH_PATH)
 
 
 def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
@@ -44,7 +54,7 @@ def _guarded(main: Callable[[], None]) -> int:
         return 1
     except OSError as error:
         # An error that is an InputError besides has words of its own.
-        if not isinstance(error, InputError) and error.errno not in (*_NO_SPACE, *_NO_ACCESS):
+        if not isinstance(error, InputError) and error.errno not in _TOLD:
             raise
         _say(f'Error: {error if isinstance(error, InputError) else _system_text(error)}')
         return 1
@@ -61,6 +71,11 @@ def _system_text(error: OSError) -> str:
         return (
             f'{what} must be accessible; the system says: {error.strerror}. Change its '
             'permissions, or choose another path.'
+        )
+    if error.errno in _NO_SUCH_PATH:
+        return (
+            f'{what} cannot be used; the system says: {error.strerror}. Check --workdir and the '
+            'other paths that were given.'
         )
     return (
         f'no space left to write {what} ({error.strerror}). What was complete is intact. Free some '
