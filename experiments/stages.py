@@ -93,8 +93,6 @@ def student(context: Context) -> dict[str, Any]:
         balance=config.balance,
         teacher=OnlineTeacher(model),
     )
-    if not recipe.objective.needs_teacher:
-        raise InputError('config.student.terms must hold a divergence from the teacher.')
     return _train(
         context,
         'student',
