@@ -144,7 +144,8 @@ def _require_causal(model: TransformerConfig) -> None:
 def _ever_counts(term: Term) -> bool:
     """Whether a term's weight is above zero at any step."""
     weight = term.weight
-    return any(bound > 0 for bound in weight.bounds) if isinstance(weight, Schedule) else weight > 0
+    bounds = weight.bounds if isinstance(weight, Schedule) else (weight,)
+    return any(float(bound) > 0 for bound in bounds)
 
 
 @dataclasses.dataclass(frozen=True)
