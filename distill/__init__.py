@@ -20,7 +20,14 @@ from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
 from distill.schedules import Schedule
 from distill.teacher import OnlineTeacher
-from distill.types import Batch, DenseTargets, HiddenTargets, TrainState
+from distill.types import (
+    Batch,
+    DenseTargets,
+    HiddenTargets,
+    SampledTargets,
+    TopKTargets,
+    TrainState,
+)
 
 __all__ = [
     'Batch',
@@ -28,8 +35,10 @@ __all__ = [
     'HiddenTargets',
     'Objective',
     'OnlineTeacher',
+    'SampledTargets',
     'Schedule',
     'Term',
+    'TopKTargets',
     'TrainState',
     'cross_entropy',
     'cross_entropy_per_token',

@@ -41,6 +41,41 @@ class DenseTargets:
 
 
 @flax.struct.dataclass
+class TopKTargets:
+    """A teacher as the probabilities of a few ids of each token, and of all the others together.
+
+    Attributes:
+        ids: distinct within a token.
+        log_probs: of the ids, in nats, normalised over the whole vocabulary; -inf marks an unused
+            slot, whose id may be anything.
+        tail_log_prob: log of the probability of all other ids together; -inf where there is none.
+            A token's probabilities and its tail sum to 1.
+        temperature: that the teacher's logits were divided by when this was recorded; positive.
+    """
+
+    ids: Int[Array, 'B T Vk']
+    log_probs: Float[Array, 'B T Vk']
+    tail_log_prob: Float[Array, 'B T']
+    temperature: float = flax.struct.field(pytree_node=False, default=1.0)
+
+
+@flax.struct.dataclass
+class SampledTargets:
+    """A teacher as ids drawn from its distribution, independently and with replacement.
+
+    Attributes:
+        ids: that were drawn.
+        counts: how often; 0 marks an unused slot, whose id may be anything. A token's draws are the
+            sum of its counts; a token without any teaches nothing.
+        temperature: that the teacher's logits were divided by when they were drawn; positive.
+    """
+
+    ids: Int[Array, 'B T Vk']
+    counts: Int[Array, 'B T Vk']
+    temperature: float = flax.struct.field(pytree_node=False, default=1.0)
+
+
+@flax.struct.dataclass
 class TrainState:
     """Everything that a training run needs to go on, bit for bit.
 
