@@ -1,5 +1,6 @@
 """Distillation in JAX: targets, divergences, objectives and the fused loss."""
 
+from distill.cross_tokenizer import SpanLoss, span_log_probs, span_loss
 from distill.divergences import (
     cross_entropy,
     cross_entropy_per_token,
@@ -19,6 +20,7 @@ from distill.divergences import (
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
 from distill.schedules import Schedule
+from distill.spans import SpanAlignment, match_vocabularies, shared_spans
 from distill.teacher import OnlineTeacher
 from distill.types import (
     Batch,
@@ -37,6 +39,8 @@ __all__ = [
     'OnlineTeacher',
     'SampledTargets',
     'Schedule',
+    'SpanAlignment',
+    'SpanLoss',
     'Term',
     'TopKTargets',
     'TrainState',
@@ -47,12 +51,16 @@ __all__ = [
     'fused_distillation_loss',
     'jsd',
     'jsd_per_token',
+    'match_vocabularies',
     'reverse_kl',
     'reverse_kl_per_token',
+    'shared_spans',
     'skew_forward_kl',
     'skew_forward_kl_per_token',
     'skew_reverse_kl',
     'skew_reverse_kl_per_token',
+    'span_log_probs',
+    'span_loss',
     'total_variation',
     'total_variation_per_token',
 ]

@@ -127,6 +127,10 @@ class BPETokenizer:
         valid = _valid_ids(ids, self.vocab_size)
         return self._tokenizer.decode(valid.tolist(), skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """Describes the tokenizer as the `tokenizers` library writes it."""
+        return self._tokenizer.to_str()
+
     def save(self, path: str | os.PathLike) -> None:
         with whole_directory(path) as directory:
             self._tokenizer.save(str(directory / TOKENIZER_FILE))
