@@ -199,7 +199,7 @@ def test_loss_is_that_of_trl(name: str) -> None:
     peer = object.__new__(gold.ULDLoss)
     torch.nn.Module.__init__(peer)
     peer.hybrid_matched_weight, peer.hybrid_unmatched_weight = 0.6, 0.4
-    peer.beta = 0.3
+    peer.beta, peer.token_merge_strategy = 0.3, 'observed'
     peer._teacher_matched_ids = set(SHARED.teacher.tolist())
     peer._student_matched_ids = set(SHARED.student.tolist())
     peer.mapping_tensor = torch.full((VT,), -1, dtype=torch.long)
