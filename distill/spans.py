@@ -83,7 +83,7 @@ def shared_spans(
             f'{totals[0]} of the student and {totals[1]} of the teacher. Encode the same text, '
             'without special tokens or normalisation that adds or drops characters.'
         )
-    shared = np.intersect1d(*ends)
+    shared = np.intersect1d(ends[0], ends[1])
     shared = shared[shared > 0]
     student, teacher = (np.searchsorted(shared, end) for end in ends)
     return student, teacher
