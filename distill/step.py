@@ -17,7 +17,8 @@ from distill.router_loss import router_loss
 from distill.teacher import OnlineTeacher
 from distill.types import Batch, TrainState
 from moe.errors import InputError
-from moe.transformer import Transformer, output_head, update_selection_bias
+from moe.selection_bias import update_selection_bias
+from moe.transformer import Transformer, output_head
 from moe.types import ModelOutput
 
 

@@ -25,9 +25,11 @@ from moe.errors import InputError
 from moe.expert_weights import split_experts, stack_experts
 from moe.experts import MoELayer
 from moe.presets import preset
+from moe.replay import load_routing, save_routing
 from moe.routing import route
+from moe.selection_bias import update_selection_bias
 from moe.sharding import MeshConfig, make_mesh, variable_shardings
-from moe.transformer import Transformer, output_head, update_selection_bias
+from moe.transformer import Transformer, output_head
 from moe.types import KVCache, ModelOutput, RouterOutput
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     'flops_per_token',
     'generate',
     'load_balance_loss',
+    'load_routing',
     'load_statistics',
     'make_mesh',
     'output_head',
@@ -60,6 +63,7 @@ __all__ = [
     'route',
     'router_confidence',
     'router_z_loss',
+    'save_routing',
     'split_experts',
     'stack_experts',
     'update_selection_bias',

@@ -22,6 +22,11 @@ from moe.types import KeyValueCache, KVCache, LatentCache
 LayerCache = KeyValueCache | LatentCache | LinearCache
 
 
+def attention_kinds(config: TransformerConfig) -> tuple[AttentionLike, ...]:
+    """Returns each kind of attention once, in the order of the layers."""
+    return tuple(dict.fromkeys(config.attention_layers))
+
+
 def attention_module(
     kind: AttentionLike, config: TransformerConfig, mesh: jax.sharding.Mesh | None, name: str
 ) -> nn.Module:

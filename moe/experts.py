@@ -9,7 +9,7 @@ from moe.config import Activation, DType, MoEConfig
 from moe.dispatch import ExpertBiases, dispatch
 from moe.expert_parallel import expert_parallel_dispatch
 from moe.layers import GatedMLP, kernel_init, partitioned
-from moe.routing import RouterConfig, expert_load, route
+from moe.routing import RouterConfig, expert_load, route, weigh
 from moe.soft_moe import soft_dispatch
 from moe.types import RouterOutput
 
@@ -80,6 +80,7 @@ class MoELayer(nn.Module):
         x: Float[Array, 'B T D'],
         mask: Bool[Array, 'B T'],
         tokens: Int[Array, 'B T'] | None = None,
+        replayed: Int[Array, 'B T K'] | None = None,
     ) -> tuple[Float[Array, 'B T D'], RouterOutput]:
         """Routes every unmasked token.
 
@@ -87,6 +88,7 @@ class MoELayer(nn.Module):
             x: hidden states.
             mask: False is not routed and not counted, and its output is zero.
             tokens: the ids that `x` came from; needed where the router chooses by hash.
+            replayed: the experts of each token, from a record; None lets the router choose.
 
         Returns:
             The outputs, in `dtype`, and what the router decided.
@@ -96,7 +98,7 @@ class MoELayer(nn.Module):
         """
         noisy = self._jittered(x)
         logits, bias = Router(self.config.router, self.param_dtype, name='router')(noisy)
-        y, output = self._routed(noisy.astype(self.dtype), logits, bias, mask, tokens)
+        y, output = self._routed(noisy.astype(self.dtype), logits, bias, mask, tokens, replayed)
         if self.config.shared_dim:
             shared = GatedMLP(
                 self.config.shared_dim,
@@ -124,15 +126,19 @@ class MoELayer(nn.Module):
         selection_bias: Array | None,
         mask: Array,
         tokens: Array | None,
+        replayed: Array | None,
     ) -> tuple[Array, RouterOutput]:
         config, router = self.config, self.config.router
         gate_up, down, biases = self._expert_weights(x.shape[-1])
         if router.choice == 'soft':
             settings = {'activation': self.activation, 'scale': router.scale, 'biases': biases}
             return soft_dispatch(x, logits, mask, gate_up, down, **settings)
-        ids, weights = route(
-            logits, router, selection_bias=selection_bias, mask=mask, tokens=tokens
-        )
+        if replayed is None:
+            ids, weights = route(
+                logits, router, selection_bias=selection_bias, mask=mask, tokens=tokens
+            )
+        else:
+            ids, weights = replayed, weigh(logits, replayed, router)
         operands = (x, ids, weights, mask, gate_up, down)
         settings = {
             'method': config.dispatch,

@@ -190,9 +190,7 @@ def route(
     Source: DeepSeek-V3 (arXiv 2412.19437, eqs. 12 to 16), Auxiliary-loss-free balancing (arXiv
         2408.15664, eq. 3); with `selection_bias=None`, Mixtral's and OLMoE's softmax routers.
     """
-    scores = router_scores(router_logits, config.score)
-    if config.normalize == 'before':
-        scores = scores / (scores.sum(axis=-1, keepdims=True) + config.eps)
+    scores = _normalized_scores(router_logits, config)
     selection = jax.lax.stop_gradient(scores)
     if config.choice == 'token':
         if selection_bias is not None:
@@ -205,12 +203,41 @@ def route(
         ids = choose_by_hash(tokens, config)
     else:
         raise ValueError(f'choice={config.choice!r} weighs slots; see moe.soft_moe')
+    return ids, _weights_of(scores, ids, config)
+
+
+def weigh(
+    router_logits: Float[Array, 'B T E'], expert_ids: Int[Array, 'B T K'], config: RouterConfig
+) -> Float[Array, 'B T K']:
+    """Weighs experts that were chosen elsewhere, as `route` weighs its own.
+
+    Args:
+        router_logits: one row a token.
+        expert_ids: in [0, E], `E` for none; distinct for each token.
+        config: the router as data; its choice is not read.
+
+    Returns:
+        The weights, float32, in the order of the ids; 0 for none.
+    """
+    return _weights_of(_normalized_scores(router_logits, config), expert_ids, config)
+
+
+def _normalized_scores(router_logits: Array, config: RouterConfig) -> Float[Array, 'B T E']:
+    scores = router_scores(router_logits, config.score)
+    if config.normalize == 'before':
+        scores = scores / (scores.sum(axis=-1, keepdims=True) + config.eps)
+    return scores
+
+
+def _weights_of(
+    scores: Float[Array, 'B T E'], ids: Int[Array, 'B T K'], config: RouterConfig
+) -> Float[Array, 'B T K']:
     # A select instead of a gather: its transpose is a sum, not a scatter.
     chosen = ids[..., None] == jnp.arange(config.num_experts)
     weights = jnp.where(chosen, scores[..., None, :], 0.0).sum(axis=-1)
     if config.normalize == 'after':
         weights = weights / (weights.sum(axis=-1, keepdims=True) + config.eps)
-    return ids, config.scale * weights
+    return config.scale * weights
 
 
 def choose_by_token(selection: Float[Array, 'B T E'], config: RouterConfig) -> Int[Array, 'B T K']:

@@ -1,9 +1,11 @@
 """Where each layer stands when layers are stacked for a scan, and arrays stacked accordingly."""
 
 import dataclasses
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from moe.config import AttentionLike, TransformerConfig
@@ -90,3 +92,16 @@ def layer_paths(config: TransformerConfig) -> tuple[tuple[tuple[str, ...], int |
 def unstack(x: Array) -> list[Array]:
     """Splits the leading axis; its transpose is one concatenation, not a sum of padded slices."""
     return [part[0] for part in jax.lax.split(x, [1] * x.shape[0], axis=0)]
+
+
+def unstack_repeats(stacked: list[Any]) -> list[Any]:
+    """Turns what a scan stacked, one tree for each layer of its pattern, into one a layer."""
+    leaves, structure = jax.tree.flatten(stacked)
+    repeats = zip(*(unstack(leaf) for leaf in leaves), strict=True)
+    return [layer for repeat in repeats for layer in structure.unflatten(repeat)]
+
+
+def stack_repeats(layers: Sequence[Any], repeats: int) -> list[Any]:
+    """Undoes `unstack_repeats`: what a scan of so many repeats takes in."""
+    width = len(layers) // repeats
+    return [jax.tree.map(lambda *xs: jnp.stack(xs), *layers[j::width]) for j in range(width)]

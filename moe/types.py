@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 class RouterOutput:
     """What one MoE layer's router decided, as a value: to log, store, replay or match.
 
+    See `moe.replay` to store it, and `Transformer` to replay it.
+
     Attributes:
         router_logits: before the score function, float32.
         expert_ids: the chosen experts, best first.

@@ -12,9 +12,10 @@ import pytest
 from moe.attention_kinds import empty_cache
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.errors import InputError
+from moe.selection_bias import update_selection_bias
 from moe.sharding import MeshConfig, init_sharded, logical_axes, make_mesh
 from moe.stacking import LayerGroup, layer_groups, layer_paths
-from moe.transformer import Transformer, output_head, update_selection_bias
+from moe.transformer import Transformer, output_head
 
 CONFIG = TransformerConfig(
     vocab_size=24,
