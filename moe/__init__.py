@@ -20,6 +20,7 @@ from moe.config import (
     TransformerConfig,
     YarnScaling,
 )
+from moe.convert import family_of, load_pretrained, pretrained_config, save_pretrained
 from moe.decode import generate
 from moe.errors import InputError
 from moe.expert_weights import split_experts, stack_experts
@@ -51,18 +52,22 @@ __all__ = [
     'YarnScaling',
     'bytes_per_token',
     'empty_cache',
+    'family_of',
     'flops_per_token',
     'generate',
     'load_balance_loss',
+    'load_pretrained',
     'load_routing',
     'load_statistics',
     'make_mesh',
     'output_head',
     'parameter_report',
     'preset',
+    'pretrained_config',
     'route',
     'router_confidence',
     'router_z_loss',
+    'save_pretrained',
     'save_routing',
     'split_experts',
     'stack_experts',

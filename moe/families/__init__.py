@@ -1,0 +1,27 @@
+"""Families of published models, one table each: `FAMILIES` has them all.
+
+To add one, write its table beside the others and name it here; `moe.convert` does the rest.
+"""
+
+from moe.families.deepseek import DEEPSEEK_V3
+from moe.families.dense import LLAMA, QWEN2, QWEN3
+from moe.families.family import Family, Limit, Tensor
+from moe.families.gemma import GEMMA2, GEMMA3
+from moe.families.gpt_oss import GPT_OSS
+from moe.families.softmax_experts import MIXTRAL, OLMOE, QWEN3_MOE
+
+# Where several can express a model, the first is its family.
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    GEMMA3,
+    MIXTRAL,
+    OLMOE,
+    QWEN3_MOE,
+    DEEPSEEK_V3,
+    GPT_OSS,
+)
+
+__all__ = ['FAMILIES', 'Family', 'Limit', 'Tensor']

@@ -1,0 +1,1 @@
+"""Tensors of published checkpoints: files, folders, quantised forms, places in a model."""
