@@ -1,5 +1,6 @@
 """Distillation in JAX: targets, divergences, objectives and the fused loss."""
 
+from distill.cache import CachedTargets, TargetsWriter
 from distill.cross_tokenizer import SpanLoss, span_log_probs, span_loss
 from distill.divergences import (
     cross_entropy,
@@ -17,11 +18,13 @@ from distill.divergences import (
     total_variation,
     total_variation_per_token,
 )
+from distill.estimators import SampledEstimator, TopKEstimator
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
+from distill.provenance import Provenance
 from distill.schedules import Schedule
 from distill.spans import SpanAlignment, match_vocabularies, shared_spans
-from distill.teacher import OnlineTeacher
+from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher
 from distill.types import (
     Batch,
     DenseTargets,
@@ -33,15 +36,22 @@ from distill.types import (
 
 __all__ = [
     'Batch',
+    'CachedTargets',
+    'CachedTeacher',
     'DenseTargets',
+    'EstimatedTeacher',
     'HiddenTargets',
     'Objective',
     'OnlineTeacher',
+    'Provenance',
+    'SampledEstimator',
     'SampledTargets',
     'Schedule',
     'SpanAlignment',
     'SpanLoss',
+    'TargetsWriter',
     'Term',
+    'TopKEstimator',
     'TopKTargets',
     'TrainState',
     'cross_entropy',

@@ -88,6 +88,19 @@ def check_fingerprint(saved: Mapping[str, str | int], current: Mapping[str, str 
         )
 
 
+def pack_epoch(corpus: TokenCorpus, config: DataConfig, epoch: int) -> RowLayout:
+    """Packs documents in an order of the epoch."""
+    order = shuffled(len(corpus.lengths), config.seed, epoch)
+    pack = {'concat_split': concat_split, 'first_fit': first_fit}[config.packing]
+    return pack(corpus.lengths, order, config.seq_len)
+
+
+def shuffled(count: int, *seeds: int) -> Int[np.ndarray, 'n']:
+    """Permutes `count` numbers; other seeds, another order."""
+    # Sorting raw bits: NumPy keeps those the same over versions, unlike `permutation`.
+    return np.argsort(np.random.Philox(seed=list(seeds)).random_raw(count), kind='stable')
+
+
 class TrainPipeline:
     """Endless batches of this host's rows, in an order fixed by corpus and config alone.
 
@@ -163,11 +176,7 @@ class TrainPipeline:
         return self._layout(epoch if self._config.packing == 'concat_split' else 0)
 
     def _pack(self, epoch: int) -> RowLayout:
-        lengths = self._corpus.lengths
-        # Sorting raw bits: NumPy keeps those the same over versions, unlike `permutation`.
-        bits = np.random.Philox(seed=[self._config.seed, epoch]).random_raw(len(lengths))
-        pack = {'concat_split': concat_split, 'first_fit': first_fit}[self._config.packing]
-        return pack(lengths, np.argsort(bits, kind='stable'), self._config.seq_len)
+        return pack_epoch(self._corpus, self._config, epoch)
 
 
 @dataclasses.dataclass(frozen=True)

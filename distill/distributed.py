@@ -150,6 +150,39 @@ def global_batch(local_batch: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(place, local_batch)
 
 
+def local_rows(arrays: Any) -> Any:
+    """Undoes `global_batch`: the rows of global arrays that this process holds, on the host.
+
+    Args:
+        arrays: a pytree of `jax.Array`s whose first dimension alone is split, over rows.
+
+    Returns:
+        The same tree of NumPy arrays, each row once, in order.
+    """
+
+    def gather(array: jax.Array) -> np.ndarray:
+        pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+        return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+    return jax.tree.map(gather, arrays)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process: the same answer on each, which all must ask for."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def first_of_share(sharding: NamedSharding) -> bool:
+    """Whether no process of a lower number reads the same part of every batch as this one."""
+    if jax.process_count() == 1:
+        return True
+    index, _ = data_share(sharding)
+    shares = multihost_utils.process_allgather(np.array(index))
+    return int(np.flatnonzero(shares == index)[0]) == jax.process_index()
+
+
 def _local_shards(sharding: NamedSharding, ndim: int) -> int:
     """Counts the different pieces of the rows that the devices of this process hold."""
     rows = sharding.mesh.size

@@ -59,6 +59,23 @@ def _read_text(path: str) -> str:
 
 
 def _jsonl(path: str, field: str) -> Texts:
+    for suffix, record, where in jsonl_records(path):
+        yield suffix, record_text(record, field, where)
+
+
+def jsonl_records(path: str) -> Iterator[tuple[str, Any, str]]:
+    """Reads a `.jsonl` file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        For each line that is not blank: what names it after the file's name, what it holds, and
+        where it stands, for messages.
+
+    Raises:
+        InputError: a line is not JSON; names it.
+    """
     for number, line in enumerate(_read_text(path).split('\n'), start=1):
         if line.strip():
             where = f'{path}, line {number}'
@@ -68,7 +85,7 @@ def _jsonl(path: str, field: str) -> Texts:
                 raise InputError(
                     f'{where}: must be one JSON object; {error}. Mend or remove the line.'
                 ) from error
-            yield f':{number}', _record_text(record, field, where)
+            yield f':{number}', record, where
 
 
 def _parquet(path: str, field: str) -> Texts:
@@ -86,7 +103,7 @@ def _parquet(path: str, field: str) -> Texts:
         number = 0
         for batch in file.iter_batches(columns=[field]):
             for record in batch.to_pylist():
-                yield f':{number}', _record_text(record, field, f'{path}, row {number}')
+                yield f':{number}', record_text(record, field, f'{path}, row {number}')
                 number += 1
     except pyarrow.ArrowException as error:
         raise InputError(
@@ -122,7 +139,7 @@ def _array_record(path: str, field: str) -> Texts:
         except ValueError:
             value = None
         if isinstance(value, dict):
-            text = _record_text(value, field, where)
+            text = record_text(value, field, where)
         yield f':{number}', text
 
 
@@ -134,7 +151,12 @@ def _require_field(names: Sequence[str], field: str, where: str) -> None:
         )
 
 
-def _record_text(record: Any, field: str, where: str) -> str:
+def record_text(record: Any, field: str, where: str) -> str:
+    """Returns the text of a record's field; messages are rendered.
+
+    Raises:
+        InputError: the record has no such field, or no text in it.
+    """
     if not isinstance(record, dict):
         raise InputError(
             f'{where}: must be a JSON object with the field {field!r}; received a '

@@ -14,7 +14,7 @@ from distill.config import BalanceConfig, TrainConfig
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective
 from distill.router_loss import router_loss
-from distill.teacher import OnlineTeacher
+from distill.teacher import Teacher
 from distill.types import Batch, TrainState
 from moe.errors import InputError
 from moe.selection_bias import update_selection_bias
@@ -43,7 +43,7 @@ class Recipe:
     optimizer: optax.GradientTransformation
     train: TrainConfig
     balance: BalanceConfig
-    teacher: OnlineTeacher | None = None
+    teacher: Teacher | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

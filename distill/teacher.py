@@ -1,12 +1,20 @@
-"""Teachers that run beside the student."""
+"""Teachers: those that run beside the student, and those that have spoken before."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
-from distill.types import Batch, HiddenTargets
+from distill.estimators import Estimator
+from distill.types import Batch, HiddenTargets, SampledTargets, TopKTargets
+from moe.errors import InputError
 from moe.transformer import Transformer, output_head
+
+
+class Teacher(Protocol):
+    """What a student learns from, inside of its jitted step."""
+
+    def targets(self, variables: Any, batch: Batch) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,3 +49,35 @@ class OnlineTeacher:
         )
         head = output_head(self.model.config, variables['params']).astype(output.hidden.dtype)
         return jax.lax.stop_gradient(HiddenTargets(hidden=output.hidden, head=head))
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatedTeacher:
+    """A teacher in the same program of whom only an estimate is used: that which is cached.
+
+    Attributes:
+        teacher: that runs.
+        estimator: what is kept of it.
+    """
+
+    teacher: OnlineTeacher
+    estimator: Estimator
+
+    def targets(self, variables: Any, batch: Batch) -> TopKTargets | SampledTargets:
+        """Runs the teacher and estimates; no gradient flows through either."""
+        hidden = self.teacher.targets(variables, batch)
+        return jax.lax.stop_gradient(self.estimator.estimate(hidden, batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTeacher:
+    """A teacher whose targets came with the batch: it is not there any more."""
+
+    def targets(self, variables: Any, batch: Batch) -> TopKTargets | SampledTargets:
+        """Takes the batch's targets; there are no variables."""
+        if batch.targets is None:
+            raise InputError(
+                'A cached teacher needs batches that carry targets; received one without. Take '
+                'them from a distill.target_stream.TargetStream.'
+            )
+        return batch.targets

@@ -16,6 +16,7 @@ class Batch:
         mask: True where the position counts in losses and metrics.
         segment_ids: 1, 2, ... a document within a row; 0 for padding. Attention stays within one.
         positions: from 0 within each document.
+        targets: what a teacher said of these rows before; None where it is asked, or there is none.
     """
 
     tokens: Int[Array, 'B T']
@@ -23,6 +24,7 @@ class Batch:
     mask: Bool[Array, 'B T']
     segment_ids: Int[Array, 'B T']
     positions: Int[Array, 'B T']
+    targets: 'TopKTargets | SampledTargets | None' = None
 
 
 @flax.struct.dataclass

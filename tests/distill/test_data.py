@@ -17,7 +17,8 @@ from distill.tokenizer import ByteTokenizer
 from distill.types import Batch
 from moe.errors import InputError
 
-FIELDS = [field.name for field in dataclasses.fields(Batch)]
+# A pipeline's batches have no targets.
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != 'targets']
 PACKINGS = ['concat_split', 'first_fit']
 LENGTHS = [9, 2, 17, 5, 5, 30, 3, 11]
 CONFIG = DataConfig(seq_len=7, batch_size=4, seed=3)

@@ -11,7 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from distill.distributed import barrier, data_share, global_batch, initialize, is_writer
+from distill.distributed import (
+    any_process,
+    barrier,
+    data_share,
+    first_of_share,
+    global_batch,
+    initialize,
+    is_writer,
+    local_rows,
+)
 from moe.errors import InputError
 from moe.sharding import MeshConfig, batch_sharding, make_mesh
 
@@ -25,7 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 
 jax.config.update('jax_num_cpu_devices', 4)
-from distill.distributed import barrier, data_share, global_batch, initialize, is_writer
+from distill.distributed import (
+    any_process, barrier, data_share, first_of_share, global_batch, initialize, is_writer,
+    local_rows,
+)
 from moe.sharding import MeshConfig, batch_sharding, make_mesh
 
 settings, shared = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
@@ -40,6 +52,10 @@ total = jax.jit(lambda b: jnp.sum(b['tokens'] * b['mask'][:, None]))(batch)
 split = batch_sharding(make_mesh(MeshConfig(tensor=8)))
 whole = global_batch(np.arange(6).reshape(3, 2), split)
 shares = [data_share(batch_sharding(mesh)), data_share(split)]
+firsts = [first_of_share(batch_sharding(mesh)), first_of_share(split)]
+flags = [any_process(process == 1), any_process(False)]
+back = local_rows(batch)
+kept = all(np.array_equal(back[name], local[name]) for name in local)
 if process == 1:
     time.sleep(1)
     (shared / 'late').write_text('written before the barrier')
@@ -50,7 +66,8 @@ if is_writer():
 result = json.dumps({
     'process': process, 'count': jax.process_count(), 'devices': jax.device_count(),
     'shape': batch['tokens'].shape, 'total': int(total), 'late': late,
-    'shares': shares, 'whole': whole.shape, 'sum': int(jax.jit(jnp.sum)(whole)),
+    'shares': shares, 'firsts': firsts, 'flags': flags, 'kept': kept,
+    'whole': whole.shape, 'sum': int(jax.jit(jnp.sum)(whole)),
 })
 (shared / f'result-{process}.json').write_text(result)
 barrier('end')
@@ -117,6 +134,8 @@ def test_two_processes_are_one(tmp_path: Path, found: str) -> None:
         assert result['total'] == sum(range(4)) + sum(range(100, 106))
         assert result['shares'] == [[result['process'], 2], [0, 1]]
         assert (result['whole'], result['sum']) == ([3, 2], sum(range(6)))
+        assert result['firsts'] == [True, result['process'] == 0]
+        assert (result['flags'], result['kept']) == ([True, False], True)
         assert result['late'], 'the barrier did not wait for process 1'
     assert [path.name for path in tmp_path.glob('writer-*')] == ['writer-0']
 
@@ -163,6 +182,22 @@ def test_global_batch_places_rows() -> None:
     np.testing.assert_array_equal(batch[1], rows[:, 0] > 5)
     assert batch[0].sharding == sharding
     assert {shard.data.shape for shard in batch[0].addressable_shards} == {(2, 3)}
+
+
+@pytest.mark.parametrize('mesh', [MeshConfig(data=8), MeshConfig(data=2, expert=2, tensor=2)])
+def test_local_rows_undo_global_batch(mesh: MeshConfig) -> None:
+    rows = np.arange(48).reshape(16, 3)
+    tree = {'a': rows, 'b': rows[:, 0] > 5}
+    back = local_rows(global_batch(tree, batch_sharding(make_mesh(mesh))))
+    assert all(isinstance(array, np.ndarray) for array in back.values())
+    np.testing.assert_array_equal(back['a'], rows)
+    np.testing.assert_array_equal(back['b'], tree['b'])
+
+
+def test_alone_a_flag_is_its_own() -> None:
+    assert any_process(True)
+    assert not any_process(False)
+    assert first_of_share(batch_sharding(make_mesh(MeshConfig(data=8))))
 
 
 def test_one_process_reads_everything() -> None:
