@@ -109,6 +109,7 @@ def optimizer() -> ml_collections.ConfigDict:
             muon_momentum=0.95,
             muon_iterations=5,
             muon_rms=0.2,  # of an update; about AdamW's
+            qk_clip=config_dict.placeholder(float),  # the largest attention logit, enforced by step
         )
     )
 

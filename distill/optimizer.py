@@ -43,6 +43,9 @@ class OptimizerConfig:
         muon_momentum: decay of Muon's (Nesterov) momentum.
         muon_iterations: Newton-Schulz iterations.
         muon_rms: the RMS that an orthogonalised update is scaled to; 0.2 is about AdamW's.
+        qk_clip: the largest attention logit (tau): heads that exceeded it get smaller query and key
+            weights after the update, see `moe.qk_clip`; 100 in Kimi K2. None for no clip. Not part
+            of the chain: it needs what the step measured, see `distill.step.Recipe`.
     """
 
     learning_rate: float
@@ -59,6 +62,7 @@ class OptimizerConfig:
     muon_momentum: float = 0.95
     muon_iterations: int = 5
     muon_rms: float = 0.2
+    qk_clip: float | None = None
 
     def __post_init__(self) -> None:
         def check(field: str, valid: bool, required: str) -> None:
@@ -76,7 +80,9 @@ class OptimizerConfig:
         check('weight_decay', 0 <= self.weight_decay < math.inf, 'zero or more, and finite')
         for field in ('b1', 'b2', 'muon_momentum'):
             check(field, 0 <= getattr(self, field) < 1, 'in [0, 1)')
-        check('clip_norm', self.clip_norm is None or self.clip_norm > 0, 'positive, or None')
+        for field in ('clip_norm', 'qk_clip'):
+            value = getattr(self, field)
+            check(field, value is None or value > 0, 'positive, or None')
 
 
 def _is_integer(value: object, least: int) -> bool:

@@ -17,9 +17,11 @@ from distill.router_loss import router_loss
 from distill.teacher import Teacher
 from distill.types import Batch, TrainState
 from moe.errors import InputError
+from moe.qk_clip import MAX_LOGITS, clip_heads, require_clippable
 from moe.selection_bias import update_selection_bias
 from moe.transformer import Transformer, output_head
 from moe.types import ModelOutput
+from moe.validation import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Recipe:
         seed: of the routers' jitter. The noise follows from it, the step and the micro-batch, so a
             resumed run draws the same; it is the one thing that a split into micro-batches changes
             whatever the balance.
+        qk_clip: after each update, heads whose largest attention logit of the step exceeded this
+            are clipped, see `moe.qk_clip.clip_heads`; None for no clip, and no measurement.
     """
 
     model: Transformer
@@ -45,6 +49,7 @@ class Recipe:
     balance: BalanceConfig
     teacher: Teacher | None = None
     seed: int = 0
+    qk_clip: float | None = None
 
     def __post_init__(self) -> None:
         moe, balance = self.model.config.moe, self.balance
@@ -54,6 +59,9 @@ class Recipe:
                 f'selection_bias_rate={balance.selection_bias_rate} needs a model whose routers '
                 'have selection_bias=True; received one without. Set it, or set the rate to 0.'
             )
+        if self.qk_clip is not None:
+            require(self.qk_clip > 0, 'qk_clip', 'positive, or None', self.qk_clip)
+            require_clippable(self.model.config)
 
 
 def initial_state(recipe: Recipe, variables: dict[str, Any]) -> TrainState:
@@ -108,12 +116,15 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        gradients, totals = _gradients(recipe, state, teacher, batch)
+        gradients, totals, max_logits = _gradients(recipe, state, teacher, batch)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
-        state = _update(recipe, state, gradients, totals.load, finite)
+        state = _update(recipe, state, gradients, totals.load, max_logits, finite)
         one = jnp.ones(())
         pairs = totals.pairs | {'loss': (totals.loss, one), 'gradient_norm': (norm, one)}
+        if max_logits is not None:
+            largest = [leaf.max() for leaf in jax.tree.leaves(max_logits)]
+            pairs['max_attention_logit'] = (jnp.stack(largest).max(), one)
         return state, StepMetrics(
             pairs, state.skipped, totals.load, totals.dropped, totals.confidence
         )
@@ -122,10 +133,18 @@ def make_train_step(
 
 
 def _update(
-    recipe: Recipe, state: TrainState, gradients: Any, load: Array | None, finite: Array
+    recipe: Recipe,
+    state: TrainState,
+    gradients: Any,
+    load: Array | None,
+    max_logits: Any,
+    finite: Array,
 ) -> TrainState:
-    """Applies the gradients and moves the selection biases, or skips both where not finite."""
+    """Applies gradients, clips heads and moves selection biases, or nothing where not finite."""
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if recipe.qk_clip is not None:
+        params = clip_heads(recipe.model.config, params, max_logits, recipe.qk_clip)
     rate = recipe.balance.selection_bias_rate
     routing = state.routing
     if rate > 0 and load is not None:
@@ -133,7 +152,7 @@ def _update(
         routing = update_selection_bias(recipe.model.config, routing, load, rate=rate, rule=rule)
     updated = dataclasses.replace(
         state,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         routing=routing,
         opt_state=opt_state,
         skipped=jnp.zeros((), jnp.int32),
@@ -179,8 +198,8 @@ class _Totals:
 
 def _gradients(
     recipe: Recipe, state: TrainState, teacher: Any, batch: Batch
-) -> tuple[Any, _Totals]:
-    """Returns the gradients and sums of the whole batch, one micro-batch at a time."""
+) -> tuple[Any, _Totals, Any]:
+    """Returns the whole batch's gradients, sums and largest logits, one micro-batch at a time."""
     count = recipe.train.micro_batches
     parts = _Part(_split(batch, count), jnp.arange(count))
     # A batch of padding alone has nothing to average over, and a loss of zero.
@@ -190,10 +209,15 @@ def _gradients(
         load=_whole_load(recipe, state, parts),
     )
 
-    def share(params: Any, part: _Part) -> tuple[Array, _Totals]:
+    def share(params: Any, part: _Part) -> tuple[Array, tuple[_Totals, Any]]:
         return _loss(recipe, params, state, teacher, part, whole)
 
-    return _sum_over(lambda part: jax.grad(share, has_aux=True)(state.params, part), parts)
+    def measure(part: _Part) -> tuple[Any, Any]:
+        gradients, (totals, max_logits) = jax.grad(share, has_aux=True)(state.params, part)
+        return (gradients, totals), max_logits
+
+    (gradients, totals), max_logits = _over_parts(measure, parts)
+    return gradients, totals, max_logits
 
 
 def _whole_load(recipe: Recipe, state: TrainState, parts: _Part) -> Array | None:
@@ -202,39 +226,59 @@ def _whole_load(recipe: Recipe, state: TrainState, parts: _Part) -> Array | None
     needed = balance.load_balance_weight > 0 and balance.load_balance_scope == 'global'
     if recipe.model.config.moe is None or parts.number.size == 1 or not needed:
         return None
-    return _sum_over(lambda part: _loads(_forward(recipe, state.params, state, part)), parts)
+
+    def measure(part: _Part) -> tuple[Array, None]:
+        return _loads(_forward(recipe, state.params, state, part)[0]), None
+
+    return _over_parts(measure, parts)[0]
 
 
-def _sum_over(function: Callable[[_Part], Any], parts: _Part) -> Any:
-    """Sums what the function returns over the micro-batches, one at a time."""
+def _over_parts(function: Callable[[_Part], tuple[Any, Any]], parts: _Part) -> tuple[Any, Any]:
+    """Sums the first of what the function returns of a micro-batch, one of them at a time.
+
+    Of the second it takes the maximum.
+    """
     first = jax.tree.map(lambda x: x[0], parts)
     if parts.number.size == 1:
         return function(first)
-    shapes = jax.eval_shape(function, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, maxima = jax.eval_shape(function, first)
+    start = (
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums),
+        jax.tree.map(lambda x: jnp.full(x.shape, -jnp.inf, x.dtype), maxima),
+    )
 
-    def add(total: Any, part: _Part) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(part)), None
+    def add(total: tuple[Any, Any], part: _Part) -> tuple[tuple[Any, Any], None]:
+        sums, maxima = function(part)
+        summed = jax.tree.map(jnp.add, total[0], sums)
+        return (summed, jax.tree.map(jnp.maximum, total[1], maxima)), None
 
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.scan(add, start, parts)[0]
 
 
-def _forward(recipe: Recipe, params: Any, state: TrainState, part: _Part) -> ModelOutput:
-    """Runs the model on one micro-batch, with the noise that its routers are trained with."""
+def _forward(
+    recipe: Recipe, params: Any, state: TrainState, part: _Part
+) -> tuple[ModelOutput, Any]:
+    """Runs the model on one micro-batch, with the noise that its routers are trained with.
+
+    Returns:
+        The output, and each head's largest logit where heads are clipped, else None.
+    """
     model, batch = recipe.model, part.batch
     rngs = {}
     if model.config.moe is not None and model.config.moe.router.jitter > 0:
         step_key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
         rngs = {'jitter': jax.random.fold_in(step_key, part.number)}
-    output: Any = model.apply(
+    measured = False if recipe.qk_clip is None else [MAX_LOGITS]
+    result: Any = model.apply(
         {'params': params, 'routing': state.routing},
         batch.tokens,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
         logits=False,
         rngs=rngs,
+        mutable=measured,
     )
-    return output
+    return (result[0], result[1][MAX_LOGITS]) if measured else (result, None)
 
 
 def _loads(output: ModelOutput) -> Float[Array, 'layers E']:
@@ -243,10 +287,13 @@ def _loads(output: ModelOutput) -> Float[Array, 'layers E']:
 
 def _loss(
     recipe: Recipe, params: Any, state: TrainState, teacher: Any, part: _Part, whole: _Whole
-) -> tuple[Array, _Totals]:
-    """Returns one micro-batch's share of the loss, divided by the whole batch's counts."""
+) -> tuple[Array, tuple[_Totals, Any]]:
+    """Returns one micro-batch's share of the loss, divided by the whole batch's counts.
+
+    And with it what adds up over micro-batches, and each head's largest logit.
+    """
     model, batch = recipe.model, part.batch
-    output = _forward(recipe, params, state, part)
+    output, max_logits = _forward(recipe, params, state, part)
     loss, pairs = fused_distillation_loss(
         output.hidden,
         output_head(model.config, params).astype(output.hidden.dtype),
@@ -259,17 +306,18 @@ def _loss(
         mesh=model.mesh,
     )
     if model.config.moe is None:
-        return loss, _Totals(loss, pairs)
+        return loss, (_Totals(loss, pairs), max_logits)
     routed, score = batch.segment_ids > 0, model.config.moe.router.score
     routers = router_loss(output.router, routed, recipe.balance, score=score, load=whole.load)
     loss += routers.loss / whole.routed
-    return loss, _Totals(
+    totals = _Totals(
         loss=loss,
         pairs=pairs | routers.pairs,
         load=_loads(output),
         dropped=jnp.stack([router.dropped for router in output.router]),
         confidence=routers.confidence / whole.routed,
     )
+    return loss, (totals, max_logits)
 
 
 def _split(batch: Batch, parts: int) -> Batch:

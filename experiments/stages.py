@@ -183,7 +183,8 @@ def _recipe(
     built = context.model(model)
     axes = logical_axes(built)['params']
     chain = make_optimizer(optimizer, train.steps, axes)
-    return Recipe(built, objective, chain, train, balance, teacher, context.study.seed)
+    seed, qk_clip = context.study.seed, optimizer.qk_clip
+    return Recipe(built, objective, chain, train, balance, teacher, seed, qk_clip)
 
 
 def _train(

@@ -8,8 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from moe.attention_context import AttentionContext
 from moe.config import AttentionConfig, TransformerConfig
-from moe.dot_product import dot_product_attention
+from moe.dot_product import attention_and_highest
 from moe.layers import kernel_init, linear, norm_of, partitioned
+from moe.qk_clip import record_max_logits
 from moe.rope import apply_rope
 from moe.sharding import LogicalAxes, constrain
 from moe.types import KeyValueCache
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         if config.sinks:
             sinks = self._parameter('sinks', nn.initializers.zeros_init(), (H,), ('heads',))
         assert context.allowed is not None
-        attended = dot_product_attention(
+        attended, highest = attention_and_highest(
             queries,
             keys,
             values,
@@ -59,6 +60,7 @@ class Attention(nn.Module):
             score_cap=config.soft_cap,
             sinks=sinks,
         )
+        record_max_logits(self, highest, context.segment_ids)
         attended = constrain(attended, ('batch', 'length', 'heads', 'head_dim'), self.mesh)
         axes = ('heads', 'head_dim', 'embed')
         y = linear(attended, self._parameter('o', kernel_init((0, 1), 2), (H, Dh, D), axes))

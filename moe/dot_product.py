@@ -34,6 +34,23 @@ def dot_product_attention(
     score_cap: float | None = None,
     sinks: Float[Array, 'H'] | None = None,
 ) -> Float[Array, 'B T H Dv']:
+    """Returns `softmax(scale q k^T) v`; see `attention_and_highest`, whose first result this is."""
+    settings = {'scale': scale, 'window': window, 'score_cap': score_cap, 'sinks': sinks}
+    return attention_and_highest(queries, keys, values, allowed, causal=causal, **settings)[0]
+
+
+def attention_and_highest(
+    queries: Float[Array, 'B T H Dk'],
+    keys: Float[Array, 'B S Hkv Dk'],
+    values: Float[Array, 'B S Hkv Dv'],
+    allowed: Bool[Array, '#B T S'],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    window: int | None = None,
+    score_cap: float | None = None,
+    sinks: Float[Array, 'H'] | None = None,
+) -> tuple[Float[Array, 'B T H Dv'], Float[Array, 'B T H']]:
     """Returns `softmax(scale q k^T) v`, query head h reading key-value head h // (H / Hkv).
 
     Keys and values are not repeated for the heads that share them. The softmax is float32.
@@ -50,7 +67,8 @@ def dot_product_attention(
         sinks: for each head the logit of one more key, whose value is zero.
 
     Returns:
-        Weighted values, in the dtype of `queries`.
+        Weighted values, in the dtype of `queries`; and the highest score of each query among the
+        keys it may look at, without its sink, float32, which passes no gradient.
 
     Source: arXiv 2305.13245 (grouped queries); arXiv 2205.14135, appendix B (recomputation).
     """
@@ -62,8 +80,9 @@ def dot_product_attention(
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(Hkv, H // Hkv)
     shape = _Shape(causal, window, score_cap)
-    attended: Any = _attend(grouped, keys, values, sinks, allowed, shape)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+    both: Any = _attend(grouped, keys, values, sinks, allowed, shape)
+    attended, highest = (x.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1) for x in both)
+    return attended, highest[..., 0]
 
 
 class _Shape(NamedTuple):
@@ -121,7 +140,7 @@ def _attend(
     sinks: Float[Array, 'Hkv G'] | None,
     allowed: Bool[Array, '#B T S'],
     shape: _Shape,
-) -> Float[Array, 'B Hkv G T Dv']:
+) -> tuple[Float[Array, 'B Hkv G T Dv'], Float[Array, 'B Hkv G T 1']]:
     return _attend_forward(queries, keys, values, sinks, allowed, shape)[0]
 
 
@@ -132,13 +151,14 @@ def _attend_forward(
     sinks: Array | None,
     allowed: Array,
     shape: _Shape,
-) -> tuple[Array, Residuals]:
+) -> tuple[tuple[Array, Array], Residuals]:
     heads = (*queries.shape[:3], -1)
-    outputs, log_normalisers = [], []
+    outputs, highests, log_normalisers = [], [], []
     for rows, columns in shape.blocks(queries.shape[3], keys.shape[2]):
         k, v = keys[:, :, columns], values[:, :, columns]
         scores, _ = _scores(_rows(queries, rows), k, allowed[:, rows, columns], shape)
         highest = scores.max(axis=-1, keepdims=True)
+        highests.append(highest.reshape(*heads, 1))
         if sinks is not None:
             sink = _sink_rows(sinks, rows.stop - rows.start)
             highest = jnp.maximum(highest, sink)
@@ -151,13 +171,15 @@ def _attend_forward(
         log_normalisers.append((highest + jnp.log(total)).reshape(*heads, 1))
     output = jnp.concatenate(outputs, axis=3)
     log_normaliser = jnp.concatenate(log_normalisers, axis=3)
-    return output, (queries, keys, values, sinks, allowed, output, log_normaliser)
+    highest = jnp.concatenate(highests, axis=3)
+    return (output, highest), (queries, keys, values, sinks, allowed, output, log_normaliser)
 
 
 def _attend_backward(
-    shape: _Shape, residuals: Residuals, cotangent: Array
+    shape: _Shape, residuals: Residuals, cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, Array | None, None]:
     queries, keys, values, sinks, allowed, output, log_normaliser = residuals
+    cotangent, _ = cotangents
     inner = cotangent.astype(jnp.float32) * output.astype(jnp.float32)
     inner = inner.sum(axis=-1, keepdims=True)
     d_queries = []

@@ -8,8 +8,9 @@ from jaxtyping import Array, Float
 
 from moe.attention_context import AttentionContext
 from moe.config import LatentAttentionConfig, TransformerConfig
-from moe.dot_product import dot_product_attention
+from moe.dot_product import attention_and_highest
 from moe.layers import RMSNorm, kernel_init, linear, partitioned
+from moe.qk_clip import record_max_logits
 from moe.rope import apply_rope
 from moe.sharding import LogicalAxes, constrain
 from moe.types import LatentCache
@@ -74,7 +75,8 @@ class LatentAttention(nn.Module):
         shape = (config.kv_rank, H, config.nope_dim + Dv)
         kv_up = self._kernel('kv_up', kernel_init(0, (1, 2)), shape, (None, *HEADS[2:]))
         attend = attend_absorbed if absorbed else attend_expanded
-        attended = attend(config, queries, latents, kv_up.astype(x.dtype), context)
+        attended, highest = attend(config, queries, latents, kv_up.astype(x.dtype), context)
+        record_max_logits(self, highest, context.segment_ids)
         attended = constrain(attended, HEADS, self.mesh)
         kernel = self._kernel('o', kernel_init((0, 1), 2), (H, Dv, D), (*HEADS[2:], 'embed'))
         return linear(attended, kernel), cache
@@ -135,15 +137,15 @@ def attend_expanded(
     latents: Float[Array, 'B S latent'],
     kv_up: Float[Array, 'R H up'],
     context: AttentionContext,
-) -> Float[Array, 'B T H Dv']:
-    """Makes every head's keys and values of the latents, and attends to those."""
+) -> tuple[Float[Array, 'B T H Dv'], Float[Array, 'B T H']]:
+    """Makes every head's keys and values of the latents, and attends to those; with the highest."""
     assert context.allowed is not None
     compressed, rotary = jnp.split(latents, [config.kv_rank], axis=-1)
     plain, values = jnp.split(linear(compressed, kv_up), [config.nope_dim], axis=-1)
     rotary = jnp.broadcast_to(rotary[:, :, None], (*plain.shape[:3], config.rope_dim))
     keys = jnp.concatenate([plain, rotary], axis=-1)
     causal, scale = context.start is None, config.score_scale
-    return dot_product_attention(queries, keys, values, context.allowed, causal=causal, scale=scale)
+    return attention_and_highest(queries, keys, values, context.allowed, causal=causal, scale=scale)
 
 
 def attend_absorbed(
@@ -152,7 +154,7 @@ def attend_absorbed(
     latents: Float[Array, 'B S latent'],
     kv_up: Float[Array, 'R H up'],
     context: AttentionContext,
-) -> Float[Array, 'B T H Dv']:
+) -> tuple[Float[Array, 'B T H Dv'], Float[Array, 'B T H']]:
     """Brings the queries into the space of the latents, attends there, and brings results back."""
     assert context.allowed is not None
     key_up, value_up = jnp.split(kv_up, [config.nope_dim], axis=-1)
@@ -162,10 +164,10 @@ def attend_absorbed(
     # The values are the keys, not a slice of them, which would be a copy of the cache.
     keys = latents[:, :, None]
     causal, scale = context.start is None, config.score_scale
-    attended = dot_product_attention(
+    attended, highest = attention_and_highest(
         queries, keys, keys, context.allowed, causal=causal, scale=scale
     )
-    return jnp.einsum('bthr,rhv->bthv', attended[..., : config.kv_rank], value_up)
+    return jnp.einsum('bthr,rhv->bthv', attended[..., : config.kv_rank], value_up), highest
 
 
 def empty_latent_cache(

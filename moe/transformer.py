@@ -15,6 +15,7 @@ from moe.config import DType, TransformerConfig
 from moe.errors import InputError
 from moe.inputs import check_inputs
 from moe.layers import norm_of, partitioned, soft_cap
+from moe.qk_clip import MAX_LOGITS
 from moe.replay import Replay, recorded_ids
 from moe.routing import require_causal
 from moe.sharding import LogicalAxes, constrain
@@ -86,7 +87,9 @@ class Transformer(nn.Module):
                 and drops are counted again, and selection biases play no part. With the parameters
                 and inputs of the recorded pass that is the recorded routing, bit for bit.
 
-        An rng named 'jitter' makes this a training pass: routers that have jitter then draw noise.
+        Where the collection `max_logits` is mutable, attention notes each head's largest logit in
+        it, for `moe.qk_clip`. An rng named 'jitter' makes this a training pass: routers that have
+        jitter then draw noise.
 
         Returns:
             Hidden states in the config's dtype, logits in float32 or None, one `RouterOutput` for
@@ -181,7 +184,7 @@ class Transformer(nn.Module):
         scan: Any = nn.scan
         scanned = scan(
             Pattern,
-            variable_axes={'params': 0, 'routing': 0},
+            variable_axes={'params': 0, 'routing': 0, MAX_LOGITS: 0},
             split_rngs={'params': True, 'jitter': True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=group.repeats,
