@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from distill.types import Batch
+from moe.balance import router_confidence
 from moe.errors import InputError
 from moe.sharding import constrain
 from moe.transformer import Transformer, output_head
@@ -28,6 +29,8 @@ class RowSums:
         agree: tokens where teacher and student have the same most probable next token; likewise.
         load: assignments to each expert, one array for each MoE layer.
         dropped: assignments among them that found no slot, one number for each MoE layer.
+        confidence: each router's largest scores, summed over the tokens it routed, and how many
+            those are; see `moe.balance.router_confidence`.
     """
 
     tokens: Float[Array, 'B']
@@ -37,6 +40,7 @@ class RowSums:
     agree: Float[Array, 'B'] | None
     load: tuple[Float[Array, 'E'], ...]
     dropped: tuple[Float[Array, ''], ...]
+    confidence: tuple[tuple[Float[Array, ''], Float[Array, '']], ...]
 
 
 EvalStep = Callable[[Any, Any, Batch], RowSums]
@@ -101,7 +105,9 @@ def _row_sums(
     sums, _ = jax.lax.scan(add, zeros, chunks)
     load = tuple(layer.load for layer in router)
     dropped = tuple(layer.dropped for layer in router)
-    result = RowSums(**{'kl': None, 'agree': None, **sums}, load=load, dropped=dropped)
+    confidence = _confidence(student, router, batch.segment_ids > 0)
+    sums = {'kl': None, 'agree': None, **sums}
+    result = RowSums(**sums, load=load, dropped=dropped, confidence=confidence)
     return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim, student.mesh), result)
 
 
@@ -117,6 +123,13 @@ def _forward(model: Transformer, variables: Any, batch: Batch) -> tuple[Array, A
     head = output_head(model.config, variables['params']).astype(output.hidden.dtype)
     # Gathered once over fsdp, ahead of the scan, rather than in each of its iterations.
     return output.hidden, constrain(head, (None, 'vocab'), model.mesh), output.router
+
+
+def _confidence(model: Transformer, routers: tuple, mask: Array) -> tuple:
+    if model.config.moe is None:
+        return ()
+    score = model.config.moe.router.score
+    return tuple(router_confidence(router, mask, score=score) for router in routers)
 
 
 def _in_chunks(x: Array, width: int) -> Array:

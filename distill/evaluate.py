@@ -23,7 +23,7 @@ from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
 # Of those that `load_statistics` computes, what a summary has.
-EXPERT_STATISTICS = ('max_violation', 'entropy', 'drop_fraction')
+EXPERT_STATISTICS = ('max_violation', 'entropy', 'gini', 'drop_fraction')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,9 @@ class Evaluation:
         expert_layers: index in the model of each MoE layer.
         load: assignments of the whole set to each expert, `[MoE layers, E]`.
         dropped: those that found no slot, `[MoE layers]`.
+        confidence: mean over routed tokens of each router's largest score, `[MoE layers]`; None
+            where it was not measured, as the next.
+        batch_violation: mean over batches of `max_violation` of each one's load, `[MoE layers]`.
     """
 
     names: tuple[str, ...]
@@ -53,6 +56,8 @@ class Evaluation:
     expert_layers: tuple[int, ...]
     load: np.ndarray
     dropped: np.ndarray
+    confidence: np.ndarray | None = None
+    batch_violation: np.ndarray | None = None
 
 
 def evaluate(
@@ -96,17 +101,37 @@ def evaluate(
         for name, total in totals.items():
             rows = np.asarray(getattr(sums, name), np.float64)
             np.add.at(total, document[real], rows[real])
-        layers = zip(sums.load, sums.dropped, strict=True)
-        experts.append(np.array([[*load, dropped] for load, dropped in layers], np.float64))
-    load = np.sum(experts, 0)
+        layers = zip(sums.load, sums.dropped, sums.confidence, strict=True)
+        experts.append(np.array([_expert_row(*layer) for layer in layers], np.float64))
+    load, dropped, confidence, violation = _expert_sums(experts)
     return Evaluation(
         names=tuple(evaluation_set.names),
         bytes=np.asarray(evaluation_set.byte_counts, np.float64),
         **{'kl': None, 'agree': None, **totals},
         expert_layers=tuple(np.flatnonzero(model.config.moe_layers).tolist()),
-        load=load[:, :-1] if load.size else np.zeros((0, 0)),
-        dropped=load[:, -1] if load.size else np.zeros(0),
+        load=load,
+        dropped=dropped,
+        confidence=confidence,
+        batch_violation=violation,
     )
+
+
+def _expert_row(load: Array, dropped: Array, confidence: tuple[Array, Array]) -> list[float]:
+    """One batch's sums for one layer: the load, and after it what else adds up over batches."""
+    counts = np.asarray(load, np.float64)
+    violation = counts.max() / counts.mean() - 1 if counts.any() else 0.0
+    return [*counts, float(dropped), *map(float, confidence), violation]
+
+
+def _expert_sums(
+    batches: list[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns load and drops of all batches, and the means of confidence and violation."""
+    total = np.sum(batches, 0)
+    if not total.size:
+        return np.zeros((0, 0)), np.zeros(0), np.zeros(0), np.zeros(0)
+    load, (dropped, confident, routed, violation) = total[:, :-4], total[:, -4:].T
+    return load, dropped, confident / np.maximum(routed, 1), violation / len(batches)
 
 
 def _require_divisible(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
@@ -164,14 +189,20 @@ def expert_statistics(evaluation: Evaluation) -> list[dict[str, float | int]]:
         evaluation: of one model.
 
     Returns:
-        For each MoE layer its `layer` in the model, and `max_violation`, `entropy`, `dead_experts`
-        and `drop_fraction` as `moe.balance.load_statistics` defines them; [] for a dense model.
+        For each MoE layer its `layer` in the model, and `max_violation`, `entropy`, `gini`,
+        `dead_experts` and `drop_fraction` of the whole set, as `moe.balance.load_statistics`
+        defines them; where they were measured `max_violation_batch`, its mean over batches, and
+        `confidence`. [] for a dense model.
     """
     rows: list[dict[str, float | int]] = []
     layers = zip(evaluation.expert_layers, evaluation.load, evaluation.dropped, strict=True)
-    for layer, load, dropped in layers:
+    for row, (layer, load, dropped) in enumerate(layers):
         statistics = load_statistics(jnp.asarray(load, jnp.float32), float(dropped))
         numbers = {name: float(statistics[name]) for name in EXPERT_STATISTICS}
+        if evaluation.batch_violation is not None:
+            numbers['max_violation_batch'] = float(evaluation.batch_violation[row])
+        if evaluation.confidence is not None:
+            numbers['confidence'] = float(evaluation.confidence[row])
         rows.append({'layer': layer, **numbers, 'dead_experts': int(statistics['dead_experts'])})
     return rows
 

@@ -3,7 +3,7 @@
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -208,21 +208,24 @@ def _expert_table(summary: Summary) -> str:
     experts = summary.get('experts', ())
     if not experts:
         return ''
-    rows = [
-        [
-            str(row['layer']),
-            f'{row["max_violation"]:.2f}',
-            f'{row["entropy"]:.3f}',
-            str(row['dead_experts']),
-            percent(row['drop_fraction']),
-        ]
-        for row in experts
-    ]
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        'layer': ('Layer', str),
+        'max_violation': ('MaxVio', '{:.2f}'.format),
+        'max_violation_batch': ('MaxVio of a batch', '{:.2f}'.format),
+        'entropy': ('Entropy', '{:.3f}'.format),
+        'gini': ('Gini', '{:.3f}'.format),
+        'dead_experts': ('Dead experts', str),
+        'drop_fraction': ('Dropped', percent),
+        'confidence': ('Confidence', '{:.3f}'.format),
+    }
+    shown = {name: column for name, column in columns.items() if name in experts[0]}
+    rows = [[write(row[name]) for name, (_, write) in shown.items()] for row in experts]
     note = (
         '<p class="note">MaxVio is how far the busiest expert lies above the mean load; entropy is '
-        'that of the load, divided by its largest possible value.</p>'
+        'that of the load, divided by its largest possible value; confidence is the mean of the '
+        "router's largest score.</p>"
     )
-    return _plain_table(['Layer', 'MaxVio', 'Entropy', 'Dead experts', 'Dropped'], rows) + note
+    return _plain_table([head for head, _ in shown.values()], rows) + note
 
 
 def _samples(samples: Samples) -> str:

@@ -154,7 +154,8 @@ _EXPERTS = _record(
         'entropy': _number,
         'dead_experts': _count,
         'drop_fraction': _number,
-    }
+    },
+    {'gini': _number, 'max_violation_batch': _number, 'confidence': _number},
 )
 _STAGE = _record({'seconds': _number}, {'steps': _count, 'tokens': _count})
 _SUMMARY = _record(

@@ -210,6 +210,16 @@ def assert_expert_load(evaluation: Evaluation):
     assert min(dropped) > 0
     np.testing.assert_array_equal(evaluation.dropped, dropped)
     assert evaluation.expert_layers == (1, 2)
+    batches = (slice(0, 4), slice(4, 6))
+    for layer, router in enumerate(routers):
+        best = np.asarray(jax.nn.softmax(router.router_logits)).max(-1)[real]
+        np.testing.assert_allclose(evaluation.confidence[layer], best.mean(), rtol=1e-5)
+        parts = [
+            np.bincount(router.expert_ids[rows][real[rows]].ravel(), minlength=4)
+            for rows in batches
+        ]
+        violation = np.mean([part.max() / part.mean() - 1 for part in parts])
+        np.testing.assert_allclose(evaluation.batch_violation[layer], violation, rtol=1e-6)
 
 
 def test_eight_devices_measure_what_one_does():
@@ -354,12 +364,32 @@ def test_expert_statistics_describe_each_layer():
         expert_layers=(1, 3),
         load=np.array([[5.0, 5.0, 5.0, 5.0], [16.0, 16.0, 0.0, 0.0]]),
         dropped=np.array([0.0, 8.0]),
+        confidence=np.array([0.75, 0.5]),
+        batch_violation=np.array([0.5, 1.25]),
     )
     balanced, uneven = expert_statistics(evaluation)
     assert balanced == pytest.approx(
-        {'layer': 1, 'max_violation': 0, 'entropy': 1, 'dead_experts': 0, 'drop_fraction': 0}
+        {
+            'layer': 1,
+            'max_violation': 0,
+            'entropy': 1,
+            'gini': 0,
+            'dead_experts': 0,
+            'drop_fraction': 0,
+            'max_violation_batch': 0.5,
+            'confidence': 0.75,
+        }
     )
     # Half of the experts take all: the largest load is twice the mean, and ln 2 / ln 4 is a half.
     assert uneven == pytest.approx(
-        {'layer': 3, 'max_violation': 1, 'entropy': 0.5, 'dead_experts': 2, 'drop_fraction': 0.25}
+        {
+            'layer': 3,
+            'max_violation': 1,
+            'entropy': 0.5,
+            'gini': 0.5,
+            'dead_experts': 2,
+            'drop_fraction': 0.25,
+            'max_violation_batch': 1.25,
+            'confidence': 0.5,
+        }
     )

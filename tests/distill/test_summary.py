@@ -107,7 +107,7 @@ def test_a_missing_key_is_named_by_its_path(path, key):
         (('models', 'student', 'perplexity'), 'summary.models.student.perplexity'),
         (('models', 'student', 'accuracy', 'mean'), 'summary.models.student.accuracy.mean'),
         (('comparison', 'speedup'), 'summary.comparison.speedup'),
-        (('experts', 0, 'gini'), 'summary.experts[0].gini'),
+        (('experts', 0, 'skew'), 'summary.experts[0].skew'),
         (('stages', 'student', 'loss'), 'summary.stages.student.loss'),
     ],
 )
