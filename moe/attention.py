@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe.attention_context import AttentionContext
+from moe.cache_rows import write_ring, write_rows
 from moe.config import AttentionConfig, TransformerConfig
 from moe.dot_product import attention_and_highest
 from moe.layers import kernel_init, linear, norm_of, partitioned
@@ -101,7 +102,7 @@ class Attention(nn.Module):
 
 
 def empty_key_value_cache(
-    config: AttentionConfig, batch: int, num_slots: int, dtype: DTypeLike
+    config: AttentionConfig, batch: int, num_slots: int, dtype: DTypeLike, slack: int = 0
 ) -> KeyValueCache:
     """Preallocates one layer's keys and values: of `num_slots` tokens, or of a window's if fewer.
 
@@ -110,30 +111,29 @@ def empty_key_value_cache(
         batch: `B`.
         num_slots: tokens that will ever be given.
         dtype: of keys and values.
+        slack: slots that a ring has more than its window.
     """
-    size = num_slots if config.window is None else min(config.window, num_slots)
+    size = num_slots if config.window is None else min(config.window + slack, num_slots)
     zeros = jnp.zeros((batch, size, config.num_kv_heads, config.head_dim), dtype)
     return KeyValueCache(keys=zeros, values=zeros)
 
 
 def extend(
-    cache: KeyValueCache, keys: Array, values: Array, start: Int[Array, '']
+    cache: KeyValueCache, keys: Array, values: Array, start: Int[Array, 'B']
 ) -> tuple[Array, Array, KeyValueCache]:
-    """Writes new keys and values from slot `start` on.
+    """Writes new keys and values from each row's slot `start` on.
 
     Returns:
         The keys and values to attend to, one for each slot, and the cache.
     """
-    at = (0, start, 0, 0)
     cache = KeyValueCache(
-        keys=jax.lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), at),
-        values=jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), at),
+        keys=write_rows(cache.keys, keys, start), values=write_rows(cache.values, values, start)
     )
     return cache.keys, cache.values, cache
 
 
 def extend_ring(
-    cache: KeyValueCache, keys: Array, values: Array, start: Int[Array, '']
+    cache: KeyValueCache, keys: Array, values: Array, start: Int[Array, 'B']
 ) -> tuple[Array, Array, KeyValueCache]:
     """Writes the last of the new keys and values over the oldest ones of a ring.
 
@@ -141,13 +141,10 @@ def extend_ring(
         The keys and values to attend to, those that the ring held (see `ring_slots`) and after them
         the new ones; and the cache.
     """
-    size, new = cache.keys.shape[1], keys.shape[1]
-    kept = min(new, size)
-    at = (start + new - kept + jnp.arange(kept)) % size
 
-    def both(old: Array, x: Array) -> tuple[Array, Array]:
-        x = x.astype(old.dtype)
-        return jnp.concatenate([old, x], axis=1), old.at[:, at].set(x[:, new - kept :])
+    def both(ring: Array, new: Array) -> tuple[Array, Array]:
+        attended = jnp.concatenate([ring, new.astype(ring.dtype)], axis=1)
+        return attended, write_ring(ring, new, start)
 
     (keys, ring_keys), (values, ring_values) = both(cache.keys, keys), both(cache.values, values)
     return keys, values, KeyValueCache(ring_keys, ring_values)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.attention_config import AttentionLike
+from moe.cache_rows import write_rows
 from moe.linear_config import LinearAttentionConfig
 from moe.rope import rope_tables
 from moe.types import KVCache
@@ -24,14 +25,14 @@ class AttentionContext:
         allowed: True where a query may look at a key; its batch dim is 1 where all rows agree. None
             where the kind has no keys.
         segment_ids: documents of the new tokens, 0 for padding; None where a row is one document.
-        start: the cache slot of the first new token; None without a cache.
+        start: of each row the cache slot of the first new token; None without a cache.
     """
 
     cos: Float[Array, 'B T half'] | None
     sin: Float[Array, 'B T half'] | None
     allowed: Bool[Array, 'B T S'] | None
     segment_ids: Int[Array, 'B T'] | None
-    start: Int[Array, ''] | None
+    start: Int[Array, 'B'] | None
 
 
 def segment_positions(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
@@ -43,8 +44,8 @@ def segment_positions(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
 
 
 def attention_mask(
-    query_slots: Int[Array, 'T'],
-    key_slots: Int[Array, 'S'],
+    query_slots: Int[Array, '*B T'],
+    key_slots: Int[Array, '*B S'],
     query_segments: Int[Array, 'B T'] | None = None,
     key_segments: Int[Array, 'B S'] | None = None,
     window: int | None = None,
@@ -55,7 +56,7 @@ def attention_mask(
     softmax is empty.
 
     Args:
-        query_slots: where the queries stand in the text.
+        query_slots: where the queries stand in the text; without `B` all rows agree.
         key_slots: where the keys stand; negative where there is none.
         query_segments: None where the row is one document.
         key_segments: None where the row is one document.
@@ -64,31 +65,34 @@ def attention_mask(
     Returns:
         True where allowed; [1, T, S] without segments.
     """
-    distance = query_slots[:, None] - key_slots
-    near = (distance >= 0) & (key_slots >= 0)
+    keys = key_slots[..., None, :]
+    distance = query_slots[..., :, None] - keys
+    near = (distance >= 0) & (keys >= 0)
     if window is not None:
         near &= distance < window
     if query_segments is None or key_segments is None:
-        return near[None]
+        return near if near.ndim == 3 else near[None]
     return near & (query_segments[:, :, None] == key_segments[:, None, :])
 
 
-def ring_slots(start: Int[Array, ''], size: int) -> Int[Array, 'size']:
+def ring_slots(start: Int[Array, '*B'], size: int) -> Int[Array, '*B size']:
     """Returns where in the text the keys of a ring stand that holds the last `size` before `start`.
 
     Slot `t` of the text is kept at `t % size`; negative where nothing was kept yet.
     """
-    return start - 1 - (start - 1 - jnp.arange(size)) % size
+    last = start[..., None] - 1
+    return last - (last - jnp.arange(size)) % size
 
 
 class _Placement(NamedTuple):
     """Where the new tokens stand, and the segments of everything in the cache, if there is one."""
 
-    slots: Int[Array, 'T']
+    slots: Int[Array, '*B T']
     positions: Int[Array, 'B T']
     segment_ids: Int[Array, 'B T'] | None
     cached: Int[Array, 'B S'] | None
-    start: Int[Array, ''] | None
+    start: Int[Array, 'B'] | None
+    slack: int
 
 
 def attention_contexts(
@@ -121,20 +125,19 @@ def _place(
     shape: tuple[int, ...],
     cache: KVCache | None,
 ) -> tuple[_Placement, KVCache | None]:
-    slots, start, cached = jnp.arange(shape[1]), None, None
+    slots, start, cached, slack = jnp.arange(shape[1]), None, None, 0
     if cache is not None:
-        start = cache.length
-        slots = slots + start
+        start, slack = cache.length, cache.slack
+        slots = slots + start[:, None]
         if segment_ids is None:
             segment_ids = jnp.ones(shape, jnp.int32)
-        new = segment_ids.astype(jnp.int32)
-        cached = jax.lax.dynamic_update_slice(cache.segment_ids, new, (0, start))
+        cached = write_rows(cache.segment_ids, segment_ids, start)
         cache = dataclasses.replace(cache, segment_ids=cached, length=start + shape[1])
     elif positions is None and segment_ids is not None:
         positions = segment_positions(segment_ids)
     if positions is None:
         positions = jnp.broadcast_to(slots, shape)
-    return _Placement(slots, positions, segment_ids, cached, start), cache
+    return _Placement(slots, positions, segment_ids, cached, start, slack), cache
 
 
 def _context(kind: AttentionLike, placement: _Placement) -> AttentionContext:
@@ -158,6 +161,6 @@ def _keys(window: int | None, placement: _Placement) -> tuple[Array, Array | Non
         return slots, placement.segment_ids
     if window is None:
         return jnp.arange(cached.shape[1]), cached
-    ring = ring_slots(placement.start, min(window, cached.shape[1]))
-    keys = jnp.concatenate([ring, slots])
-    return keys, jnp.take(cached, jnp.maximum(keys, 0), axis=1)
+    ring = ring_slots(placement.start, min(window + placement.slack, cached.shape[1]))
+    keys = jnp.concatenate([ring, slots], axis=1)
+    return keys, jnp.take_along_axis(cached, jnp.maximum(keys, 0), axis=1)

@@ -48,7 +48,7 @@ def attention_module(
 
 
 def empty_layer_cache(
-    kind: AttentionLike, batch: int, num_slots: int, dtype: DTypeLike
+    kind: AttentionLike, batch: int, num_slots: int, dtype: DTypeLike, slack: int = 0
 ) -> LayerCache:
     """Preallocates what one layer keeps of up to `num_slots` tokens.
 
@@ -57,10 +57,11 @@ def empty_layer_cache(
         batch: `B`.
         num_slots: tokens that will ever be given.
         dtype: of what is cached; a linear layer's state is float32 whatever it says.
+        slack: slots that a windowed layer's ring has more than its window.
     """
     match kind:
         case AttentionConfig():
-            return empty_key_value_cache(kind, batch, num_slots, dtype)
+            return empty_key_value_cache(kind, batch, num_slots, dtype, slack)
         case LatentAttentionConfig():
             return empty_latent_cache(kind, batch, num_slots, dtype)
         case LinearAttentionConfig():
@@ -68,7 +69,12 @@ def empty_layer_cache(
 
 
 def empty_cache(
-    config: TransformerConfig, batch: int, num_slots: int, dtype: DType | None = None
+    config: TransformerConfig,
+    batch: int,
+    num_slots: int,
+    dtype: DType | None = None,
+    *,
+    slack: int = 0,
 ) -> KVCache:
     """Preallocates what every layer keeps of up to `num_slots` tokens.
 
@@ -80,14 +86,15 @@ def empty_cache(
         batch: `B`.
         num_slots: `S`, at least as many as tokens will ever be given.
         dtype: of keys, values and latents; the model's activation dtype where None.
+        slack: how many tokens a row's length may ever be set back by.
 
     Returns:
-        A cache of length 0.
+        A cache of rows of length 0.
     """
     kept = dtype or config.dtype
 
     def of_kind(kind: LayerKind) -> LayerCache:
-        return empty_layer_cache(kind.attention, batch, num_slots, kept)
+        return empty_layer_cache(kind.attention, batch, num_slots, kept, slack)
 
     def stacked(kind: LayerKind, repeats: int) -> LayerCache:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), of_kind(kind))
@@ -100,5 +107,6 @@ def empty_cache(
     return KVCache(
         layers=tuple(layers),
         segment_ids=jnp.zeros((batch, num_slots), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
+        slack=slack,
     )

@@ -1,116 +1,82 @@
-"""Sampling from a model: one pass over the prompts, then a token at a time, under one jit."""
+"""Writing with a model: one pass over the prompts, then a token at a time, under one jit."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe.attention_context import segment_positions
 from moe.attention_kinds import empty_cache
+from moe.cache_layout import constrain_cache
 from moe.errors import InputError
+from moe.sampling import (
+    Sampling,
+    SamplingRows,
+    filter_logits,
+    log_probs_of,
+    penalise,
+    row_keys,
+    sample,
+    sampling_rows,
+)
 from moe.transformer import Transformer, output_logits
 from moe.types import KVCache
 
+__all__ = ['Sampling', 'Written', 'filter_logits', 'generate', 'pad_prompts', 'sample', 'write']
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the logits.
+Prompts = Int[Array, 'B T'] | np.ndarray | Sequence[Sequence[int]] | Sequence[np.ndarray]
+
+
+@flax.struct.dataclass
+class Written:
+    """What was written after the prompts.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: keeps that many likeliest tokens; 0 keeps all.
-        top_p: keeps the fewest likeliest tokens whose probabilities sum to at least this.
+        tokens: after the end of a row, its last token again.
+        log_probs: in nats under the model itself: at temperature 1, without penalty or filter; 0
+            after the end of a row.
+        lengths: tokens of each row, the one that ended it among them.
+        top_ids: at each position the likeliest tokens, best first.
+        top_log_probs: of those.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        checks = {
-            'temperature': (self.temperature >= 0, 'zero (greedy) or more', self.temperature),
-            'top_k': (self.top_k >= 0, 'a count of tokens, or 0 for all', self.top_k),
-            'top_p': (0 < self.top_p <= 1, 'in (0, 1]', self.top_p),
-        }
-        for name, (valid, required, received) in checks.items():
-            if not valid:
-                raise InputError(f'{name} must be {required}; received {received!r}.')
-
-
-def filter_logits(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-    """Divides by the temperature, then removes what top-k and after it top-p leave out.
-
-    Top-p looks at the probabilities at that temperature, renormalised over what top-k kept; the
-    likeliest token always stays. Among equal logits the lower id counts as the likelier.
-
-    Args:
-        logits: of one position each.
-        sampling: with a temperature above 0.
-
-    Returns:
-        Logits at temperature 1, -inf where removed.
-
-    Source: arXiv 1904.09751 (top-p).
-    """
-    logits = logits / sampling.temperature
-    if not sampling.top_k and sampling.top_p == 1.0:
-        return logits
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    rank = jnp.arange(logits.shape[-1])
-    kept = rank < (sampling.top_k or logits.shape[-1])
-    probs = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    kept &= (before < sampling.top_p) | (rank == 0)
-    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(kept, logits, -jnp.inf)
-
-
-def sample(
-    logits: Float[Array, 'B V'], sampling: Sampling, key: PRNGKeyArray
-) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
-    """Draws one token a row, and its log-probability at temperature 1 without any filter."""
-    if sampling.temperature == 0:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
-        tokens = jax.random.categorical(key, filter_logits(logits, sampling), axis=-1)
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), chosen
+    tokens: Int[Array, 'B N']
+    log_probs: Float[Array, 'B N']
+    lengths: Int[Array, 'B']
+    top_ids: Int[Array, 'B N top']
+    top_log_probs: Float[Array, 'B N top']
 
 
 def generate(
     model: Transformer,
     params: Any,
-    prompts: Int[Array, 'B T'] | np.ndarray,
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    key: PRNGKeyArray,
+    key: Key[Array, '*B'],
     prompt_mask: Bool[Array, 'B T'] | np.ndarray | None = None,
     eos_id: int | None = None,
 ) -> tuple[Int[Array, 'B N'], Float[Array, 'B N']]:
-    """Continues prompts.
-
-    Compiled once for each shape of prompts and each setting. No token is ever dropped by an expert:
-    a model whose dispatch is 'capacity' decodes with 'grouped'.
+    """Continues prompts; `write` has more settings, and returns more.
 
     Args:
         model: what to sample from.
         params: the parameters, or all the variables: {'params': ..., 'routing': ...}.
-        prompts: ids in [0, V), padded on the left to one length.
+        prompts: ids in [0, V): padded on the left to one length, or a list of any lengths.
         max_new_tokens: `N`, how many to write in each row.
         temperature: divides the logits; 0 is greedy.
         top_k: draws from that many likeliest tokens only; 0 from all.
         top_p: draws from the fewest likeliest tokens with this probability together.
-        key: equal keys draw equal tokens.
+        key: equal keys draw equal tokens; one for all rows, or one for each.
         prompt_mask: False for the padding; None where there is none.
         eos_id: ends a row: after it, the row is filled with it. None never ends one.
 
@@ -119,22 +85,96 @@ def generate(
         temperature 1 and without top-k or top-p; 0 after the end of a row.
 
     Raises:
+        InputError: as `write`.
+    """
+    written = write(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p),
+        key=key,
+        prompt_mask=prompt_mask,
+        stop_ids=() if eos_id is None else (eos_id,),
+    )
+    return written.tokens, written.log_probs
+
+
+def write(
+    model: Transformer,
+    params: Any,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling],
+    key: Key[Array, '*B'],
+    prompt_mask: Bool[Array, 'B T'] | np.ndarray | None = None,
+    stop_ids: Sequence[int] = (),
+    top_log_probs: int = 0,
+) -> Written:
+    """Continues prompts, each row by itself: no row depends on those beside it.
+
+    Compiled once for each shape of prompts, `max_new_tokens`, `stop_ids` and `top_log_probs`. No
+    token is ever dropped by an expert: a model whose dispatch is 'capacity' decodes with 'grouped'.
+    On a mesh the rows are split as a batch is, and the cache with them.
+
+    Args:
+        model: what to sample from.
+        params: the parameters, or all the variables: {'params': ..., 'routing': ...}.
+        prompts: ids in [0, V): padded on the left to one length, or a list of any lengths.
+        max_new_tokens: `N`, how many to write in each row.
+        sampling: of all rows, or of each.
+        key: equal keys draw equal tokens; one for each row, or one that is split over the rows.
+        prompt_mask: False for the padding; None where there is none.
+        stop_ids: each ends a row, as its last token.
+        top_log_probs: how many likeliest tokens to name at each position.
+
+    Raises:
         InputError: for prompts that are not such ids, padding elsewhere than on the left, a setting
             out of range, or missing selection biases.
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    mask = np.ones(np.shape(prompts), bool) if prompt_mask is None else np.asarray(prompt_mask)
-    _check(model, np.asarray(prompts), mask, max_new_tokens, eos_id)
-    variables = _variables(model, params)
-    run = _Run(_dropless(model), sampling, max_new_tokens, eos_id)
-    return _generate(run, variables, jnp.asarray(prompts, jnp.int32), jnp.asarray(mask), key)
+    if prompt_mask is None:
+        prompts, prompt_mask = pad_prompts(prompts)
+    prompts, mask = np.asarray(prompts), np.asarray(prompt_mask)
+    stops = tuple(map(int, stop_ids))
+    _check(model, prompts, mask, max_new_tokens, stops, top_log_probs)
+    variables = checked_variables(model, params)
+    run = _Run(dropless(model), max_new_tokens, stops, top_log_probs)
+    rows = _sampling_of(sampling, len(prompts))
+    keys = _keys_of(key, len(prompts))
+    return _write(run, variables, jnp.asarray(prompts, jnp.int32), jnp.asarray(mask), rows, keys)
+
+
+def pad_prompts(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Pads prompts of any lengths on the left, with 0, and says where they are not padding.
+
+    Raises:
+        InputError: where one of them is empty or no list of whole numbers.
+    """
+    if hasattr(prompts, 'ndim'):
+        return np.asarray(prompts), np.ones(np.shape(prompts), bool)
+    rows = [np.asarray(prompt) for prompt in prompts]
+    for index, row in enumerate(rows):
+        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+            raise InputError(
+                f'prompts must each be a list of one or more integer ids; prompt {index} is '
+                f'{row.dtype}{row.shape}. Encode text; begin an empty prompt with the bos id.'
+            )
+    length = max((row.size for row in rows), default=0)
+    mask = np.arange(length) >= length - np.array([row.size for row in rows]).reshape(-1, 1)
+    tokens = np.zeros(mask.shape, np.int32)
+    for row, at, prompt in zip(tokens, mask, rows, strict=True):
+        row[at] = prompt
+    return tokens, mask
 
 
 class _Run(NamedTuple):
+    """What is known when the program is compiled."""
+
     model: Transformer
-    sampling: Sampling
     max_new_tokens: int
-    eos_id: int | None
+    stop_ids: tuple[int, ...]
+    top_log_probs: int
 
 
 class _State(NamedTuple):
@@ -142,44 +182,65 @@ class _State(NamedTuple):
     logits: Float[Array, 'B V']
     positions: Int[Array, 'B']
     done: Bool[Array, 'B']
+    seen: Bool[Array, 'B V']
     cache: KVCache
-    tokens: Int[Array, 'B N']
-    log_probs: Float[Array, 'B N']
+    written: Written
 
 
 @functools.partial(jax.jit, static_argnames='run')
-def _generate(
-    run: _Run, variables: Any, prompts: Array, mask: Array, key: PRNGKeyArray
-) -> tuple[Array, Array]:
-    (B, T), N = prompts.shape, run.max_new_tokens
-    cache = empty_cache(run.model.config, B, T + N)
+def _write(
+    run: _Run, variables: Any, prompts: Array, mask: Array, rows: SamplingRows, keys: Array
+) -> Written:
+    state = _prefilled(run, variables, prompts, mask)
+    step = functools.partial(_decode_step, run, variables, rows, keys)
+
+    def going(state: _State) -> Array:
+        return (state.step < run.max_new_tokens) & ~state.done.all()
+
+    return jax.lax.while_loop(going, step, state).written
+
+
+def _prefilled(run: _Run, variables: Any, prompts: Array, mask: Array) -> _State:
+    (B, T), N, model = prompts.shape, run.max_new_tokens, run.model
+    cache = constrain_cache(model.config, empty_cache(model.config, B, T + N), model.mesh)
     segments = mask.astype(jnp.int32)
     positions = segment_positions(segments)
-    output: Any = run.model.apply(
-        variables, prompts, positions, segments, cache=cache, logits=False
-    )
-    fill = 0 if run.eos_id is None else run.eos_id
-    state = _State(
+    output: Any = model.apply(variables, prompts, positions, segments, cache=cache, logits=False)
+    shape = (B, N, run.top_log_probs)
+    return _State(
         step=jnp.zeros((), jnp.int32),
-        logits=output_logits(run.model.config, variables['params'], output.hidden[:, -1:])[:, 0],
+        logits=output_logits(model.config, variables['params'], output.hidden[:, -1:])[:, 0],
         positions=positions[:, -1] + 1,
         done=jnp.zeros(B, bool),
-        cache=output.cache,
-        tokens=jnp.full((B, N), fill, jnp.int32),
-        log_probs=jnp.zeros((B, N), jnp.float32),
+        seen=seen_tokens(prompts, mask, model.config.vocab_size),
+        cache=constrain_cache(model.config, output.cache, model.mesh),
+        written=Written(
+            tokens=jnp.zeros((B, N), jnp.int32),
+            log_probs=jnp.zeros((B, N), jnp.float32),
+            lengths=jnp.zeros(B, jnp.int32),
+            top_ids=jnp.zeros(shape, jnp.int32),
+            top_log_probs=jnp.zeros(shape, jnp.float32),
+        ),
     )
-    step = functools.partial(_decode_step, run, variables, key)
-    state = jax.lax.while_loop(lambda s: (s.step < N) & ~s.done.all(), step, state)
-    return state.tokens, state.log_probs
 
 
-def _decode_step(run: _Run, variables: Any, key: PRNGKeyArray, state: _State) -> _State:
+def seen_tokens(
+    tokens: Int[Array, 'B T'], mask: Bool[Array, 'B T'], vocab_size: int
+) -> Bool[Array, 'B V']:
+    """Returns which tokens stand in each row."""
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, tokens].max(mask)
+
+
+def _decode_step(
+    run: _Run, variables: Any, rows: SamplingRows, keys: Array, state: _State
+) -> _State:
     """Writes a token in every row that has not ended, and runs the model on it."""
-    new, log_probs = sample(state.logits, run.sampling, jax.random.fold_in(key, state.step))
-    if run.eos_id is not None:
-        new = jnp.where(state.done, run.eos_id, new)
-    log_probs = jnp.where(state.done, 0.0, log_probs)
-    done = state.done if run.eos_id is None else state.done | (new == run.eos_id)
+    penalised = penalise(state.logits, state.seen, rows.repetition_penalty)
+    new = sample(penalised, rows, row_keys(keys, state.written.lengths))
+    done = state.done | jnp.isin(new, jnp.asarray(run.stop_ids, jnp.int32))
+    written = _noted(run, state, new)
+    new = written.tokens[:, state.step]
     output: Any = run.model.apply(
         variables,
         new[:, None],
@@ -192,13 +253,31 @@ def _decode_step(run: _Run, variables: Any, key: PRNGKeyArray, state: _State) ->
         logits=output.logits[:, 0],
         positions=state.positions + 1,
         done=done,
-        cache=output.cache,
-        tokens=state.tokens.at[:, state.step].set(new),
-        log_probs=state.log_probs.at[:, state.step].set(log_probs),
+        seen=state.seen.at[jnp.arange(new.size), new].set(True),
+        cache=constrain_cache(run.model.config, output.cache, run.model.mesh),
+        written=written,
     )
 
 
-def _dropless(model: Transformer) -> Transformer:
+def _noted(run: _Run, state: _State, new: Array) -> Written:
+    """Adds each row's new token, or, where the row has ended, its last one again."""
+    done, at, written = state.done, state.step, state.written
+    new = jnp.where(done, written.tokens[:, at - 1], new)
+    chosen, log_probs = log_probs_of(state.logits, new)
+    values, ids = jax.lax.top_k(log_probs, run.top_log_probs)
+    # What no step comes to, because all rows have ended, is filled here too.
+    later = jnp.arange(run.max_new_tokens) >= at
+    return Written(
+        tokens=jnp.where(later, new[:, None], written.tokens),
+        log_probs=written.log_probs.at[:, at].set(jnp.where(done, 0.0, chosen)),
+        lengths=written.lengths + ~done,
+        top_ids=written.top_ids.at[:, at].set(ids),
+        top_log_probs=written.top_log_probs.at[:, at].set(values),
+    )
+
+
+def dropless(model: Transformer) -> Transformer:
+    """Returns the model as it decodes: one whose dispatch drops tokens takes 'grouped' instead."""
     config = model.config
     if config.moe is None or config.moe.dispatch != 'capacity':
         return model
@@ -206,7 +285,12 @@ def _dropless(model: Transformer) -> Transformer:
     return model.clone(config=dataclasses.replace(config, moe=moe))
 
 
-def _variables(model: Transformer, params: Any) -> Mapping[str, Any]:
+def checked_variables(model: Transformer, params: Any) -> Mapping[str, Any]:
+    """Returns all the variables, of those or of the parameters alone.
+
+    Raises:
+        InputError: where the routers have selection biases and there are none.
+    """
     variables = params if 'params' in params else {'params': params}
     moe = model.config.moe
     if moe is not None and moe.router.selection_bias and not variables.get('routing'):
@@ -217,14 +301,56 @@ def _variables(model: Transformer, params: Any) -> Mapping[str, Any]:
     return variables
 
 
+def _sampling_of(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
+    settings = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+    if len(settings) != batch:
+        raise InputError(
+            f'sampling must be one for all {batch} rows or one for each; received {len(settings)}.'
+        )
+    return sampling_rows(settings)
+
+
+def _keys_of(key: Key[Array, '*B'], batch: int) -> Key[Array, 'B']:
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise InputError(
+            f'key must be one for all {batch} rows or one for each; received {key.shape}.'
+        )
+    return key
+
+
 def _check(
     model: Transformer,
     prompts: np.ndarray,
     mask: np.ndarray,
     max_new_tokens: int,
-    eos_id: int | None,
+    stop_ids: tuple[int, ...],
+    top_log_probs: int,
 ) -> None:
     vocab = model.config.vocab_size
+    check_prompts(prompts, vocab)
+    left_padded = mask.shape == prompts.shape and mask.dtype == bool and mask[:, -1].all()
+    if not left_padded or (np.diff(mask.astype(np.int8), axis=1) < 0).any():
+        raise InputError(
+            f'prompt_mask must be bool of the shape of prompts, {prompts.shape}: in each row False '
+            f'for the padding, then True to the end; received {mask.dtype}{mask.shape} with '
+            f'{mask.sum()} True. Pad on the left.'
+        )
+    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
+    if not whole or max_new_tokens < 1:
+        raise InputError(f'max_new_tokens must be a positive integer; received {max_new_tokens!r}.')
+    outside = [stop for stop in stop_ids if not 0 <= stop < vocab]
+    if outside:
+        raise InputError(f'What ends a row must be an id in [0, {vocab}); received {outside}.')
+    if not 0 <= top_log_probs <= vocab:
+        raise InputError(
+            f'top_log_probs must be from 0 to {vocab}, the vocabulary; received {top_log_probs!r}.'
+        )
+
+
+def check_prompts(prompts: np.ndarray, vocab: int) -> None:
+    """Raises an `InputError` for what are not ids [B, T] in [0, vocab)."""
     if prompts.ndim != 2 or not prompts.size or not np.issubdtype(prompts.dtype, np.integer):
         raise InputError(
             f'prompts must be integer ids of shape [B, T], neither of them 0; received '
@@ -235,18 +361,3 @@ def _check(
             f'prompts must be ids in [0, {vocab}), the vocabulary of the model; received ids from '
             f'{prompts.min()} to {prompts.max()}. Encode with the tokenizer of the model.'
         )
-    left_padded = mask.shape == prompts.shape and mask.dtype == bool and mask[:, -1].all()
-    if not left_padded or (np.diff(mask.astype(np.int8), axis=1) < 0).any():
-        raise InputError(
-            f'prompt_mask must be bool of the shape of prompts, {prompts.shape}: in each row False '
-            f'for the padding, then True to the end; received {mask.dtype}{mask.shape} with '
-            f'{mask.sum()} True. Pad on the left.'
-        )
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 1
-    ):
-        raise InputError(f'max_new_tokens must be a positive integer; received {max_new_tokens!r}.')
-    if eos_id is not None and not 0 <= eos_id < vocab:
-        raise InputError(f'eos_id must be None or an id in [0, {vocab}); received {eos_id!r}.')

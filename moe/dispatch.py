@@ -13,7 +13,6 @@ as rows. A down projection's bias counts times the assignment's weight, like all
 
 import functools
 import math
-from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -21,20 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import Activation, Dispatch
+from moe.expert_mlp import ExpertBiases, weighted_hidden
+from moe.few_tokens import FEW_TOKENS, chosen_experts
 from moe.grouped_matmul import grouped_matmul
-from moe.layers import gated_activation
-
-
-class ExpertBiases(NamedTuple):
-    """What every expert adds after its projections.
-
-    Attributes:
-        gate_up: after the gate (index 0) and up projections.
-        down: after the down projection.
-    """
-
-    gate_up: Float[Array, 'E 2 F']
-    down: Float[Array, 'E D']
 
 
 @flax.struct.dataclass
@@ -203,14 +191,6 @@ def slotted_mlp(
     return out + weights.astype(out.dtype) * biases.down[:, None]
 
 
-def weighted_hidden(
-    both: Float[Array, '...'], weights: Float[Array, '...'], activation: Activation
-) -> Float[Array, '...']:
-    """Returns `weights * act(gate) * up`, multiplied in float32, in the dtype of `both`."""
-    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
-    return (weights * gated_activation(activation)(gate, up)).astype(both.dtype)
-
-
 def _dense(
     x: Array,
     ids: Array,
@@ -276,6 +256,10 @@ def dispatch(
         return y, jnp.zeros((), jnp.float32)
     if method == 'grouped':
         groups = jnp.where(mask[..., None], ids, num_experts).reshape(flat_weights.shape)
+        if len(tokens) <= FEW_TOKENS:
+            operands = (tokens, groups, flat_weights, gate_up, down)
+            y = chosen_experts(*operands, activation, biases).reshape(x.shape)
+            return y, jnp.zeros((), jnp.float32)
         plan, sizes = sort_by_group(groups, num_experts)
         rows, row_weights = spread(tokens, plan), spread_weights(flat_weights, plan)
         out = grouped_mlp(rows, row_weights, gate_up, down, sizes, activation, biases)

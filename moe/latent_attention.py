@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe.attention_context import AttentionContext
+from moe.cache_rows import write_rows
 from moe.config import LatentAttentionConfig, TransformerConfig
 from moe.dot_product import attention_and_highest
 from moe.layers import RMSNorm, kernel_init, linear, partitioned
@@ -67,9 +68,7 @@ class LatentAttention(nn.Module):
         absorbed = False
         if cache is not None:
             assert context.start is not None
-            new = latents.astype(cache.latents.dtype)
-            at = (0, context.start, 0)
-            cache = LatentCache(jax.lax.dynamic_update_slice(cache.latents, new, at))
+            cache = LatentCache(write_rows(cache.latents, latents, context.start))
             latents = cache.latents.astype(x.dtype)
             absorbed = absorbing_is_cheaper(config, x.shape[1], latents.shape[1])
         shape = (config.kv_rank, H, config.nope_dim + Dv)

@@ -33,7 +33,7 @@ class KeyValueCache:
 
     Attributes:
         keys: of `S` tokens from the first on, or, where queries see a window, of the last `S`:
-            token `t` then stands in slot `t % S`.
+            token `t` then stands in slot `t % S`. Slots from a row's length on may hold anything.
         values: likewise.
     """
 
@@ -54,19 +54,24 @@ class LatentCache:
 
 @flax.struct.dataclass
 class KVCache:
-    """What every layer keeps of the tokens so far, in `S` slots.
+    """What every layer keeps of the tokens so far, in `S` slots; rows may differ in length.
+
+    A row's length may be set back by up to `slack` tokens, which are then as never given (but for
+    linear attention, whose state cannot go back).
 
     Attributes:
         layers: for each of the model's blocks what its attention keeps (`KeyValueCache`,
             `LatentCache`, `LinearCache`); with `scan_layers` one block stacks the layers of one
             place in the scanned pattern, along a leading axis, as its parameters do.
         segment_ids: of the tokens so far; 0 marks an empty slot or padding.
-        length: slots filled so far; the next token is written here.
+        length: slots of each row filled so far; its next token is written here.
+        slack: how many slots more than their window the rings of windowed layers have.
     """
 
     layers: tuple[Any, ...]
     segment_ids: Int[Array, 'B S']
-    length: Int[Array, '']
+    length: Int[Array, 'B']
+    slack: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass

@@ -17,8 +17,9 @@ from moe.config import (
     RouterConfig,
     TransformerConfig,
 )
-from moe.decode import Sampling, filter_logits, generate, sample
+from moe.decode import generate, write
 from moe.errors import InputError
+from moe.sampling import Sampling, filter_logits, penalise, sample, sampling_rows
 from moe.transformer import Transformer
 
 CONFIG = TransformerConfig(
@@ -119,6 +120,56 @@ def test_eos_ends_a_row_alone():
     assert any((free[row] != eos_id).all() for row in range(3))
 
 
+def test_a_row_does_not_depend_on_those_beside_it():
+    settings = [Sampling(), Sampling(0.0), Sampling(1.5, 5, 0.9, 0.01, 1.3)]
+    prompts = [PROMPTS[row][MASK[row]] for row in range(3)]
+    keys = jax.random.split(KEY, 3)
+    together = write(
+        MODEL, variables(), prompts, max_new_tokens=8, sampling=settings, key=keys, stop_ids=(7, 2)
+    )
+    for row in range(3):
+        alone = write(
+            MODEL,
+            variables(),
+            [prompts[row]],
+            max_new_tokens=8,
+            sampling=settings[row],
+            key=keys[row : row + 1],
+            stop_ids=(7, 2),
+        )
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-4)
+        assert alone.lengths[0] == together.lengths[row]
+
+
+def test_a_penalty_counts_prompt_and_text():
+    greedy = {'max_new_tokens': 6, 'key': KEY, 'prompt_mask': MASK}
+    strong = Sampling(0.0, repetition_penalty=1e6)
+    tokens = np.asarray(write(MODEL, variables(), PROMPTS, sampling=strong, **greedy).tokens)
+    for row in range(3):
+        text = [*PROMPTS[row][MASK[row]], *tokens[row]]
+        assert len(set(tokens[row])) == 6
+        assert not set(tokens[row]) & set(PROMPTS[row][MASK[row]]), text
+
+
+def test_the_likeliest_tokens_are_named_best_first():
+    written = write(
+        MODEL,
+        variables(),
+        PROMPTS,
+        prompt_mask=MASK,
+        max_new_tokens=6,
+        sampling=Sampling(),
+        key=KEY,
+        top_log_probs=3,
+    )
+    expected = log_probs_of(np.asarray(written.tokens))
+    order = np.argsort(-expected, axis=-1)[..., :3]
+    np.testing.assert_array_equal(written.top_ids, order)
+    values = np.take_along_axis(expected, order, axis=-1)
+    np.testing.assert_allclose(written.top_log_probs, values, atol=1e-4)
+
+
 PROBS = np.array([0.1, 0.4, 0.2, 0.3])
 
 
@@ -134,20 +185,40 @@ PROBS = np.array([0.1, 0.4, 0.2, 0.3])
         (Sampling(top_k=3, top_p=0.75), [0, 4 / 7, 0, 3 / 7]),
         (Sampling(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
         (Sampling(temperature=0.5, top_p=0.6), [0, 16 / 25, 0, 9 / 25]),
+        (Sampling(min_p=0.7), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(min_p=0.3), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (Sampling(temperature=0.5, min_p=0.3), [0, 16 / 25, 0, 9 / 25]),
+        (Sampling(top_k=3, min_p=0.7), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(temperature=0.0), [0, 1, 0, 0]),
     ],
 )
 def test_filters_keep_the_hand_worked_distribution(sampling, kept):
-    filtered = filter_logits(jnp.log(jnp.asarray(PROBS, jnp.float32))[None], sampling)
+    filtered = filter_logits(jjnp.log(jnp.asarray(PROBS, jnp.float32))[None], sampling_rows([sampling]))
     np.testing.assert_allclose(jax.nn.softmax(filtered)[0], kept, atol=1e-6)
 
 
 def test_top_k_keeps_k_of_equal_logits():
-    filtered = filter_logits(jnp.zeros((1, 5)), Sampling(top_k=2))
+    filtered = filter_logits(jnp.zeros((1, 5)), sampling_rows([Sampling(top_k=2)]))
     np.testing.assert_array_equal(filtered[0], [0, 0, -np.inf, -np.inf, -np.inf])
 
 
+def test_each_row_is_filtered_by_its_own_settings():
+    settings = [Sampling(top_k=2), Sampling(), Sampling(0.0, top_k=3), Sampling(top_p=0.71)]
+    logits = jnp.tile(jnp.log(jnp.asarray(PROBS, jnp.float32)), (4, 1))
+    probs = jax.nn.softmax(filter_logits(logits, sampling_rows(settings)))
+    expected = [[0, 4 / 7, 0, 3 / 7], PROBS, [0, 1, 0, 0], [0, 4 / 9, 2 / 9, 3 / 9]]
+    np.testing.assert_allclose(probs, expected, atol=1e-6)
+
+
+def test_a_penalty_makes_what_was_seen_less_likely():
+    logits = jnp.asarray([[2.0, -1.0, 3.0, -4.0]])
+    seen = jnp.asarray([[True, True, False, False]])
+    penalised = penalise(logits, seen, jnp.asarray([2.0]))
+    np.testing.assert_array_equal(penalised, [[1.0, -2.0, 3.0, -4.0]])
+
+
 def test_draws_have_the_frequencies_of_the_distribution():
-    logits = jnp.tile(jnp.log(jnp.asarray(PROBS)), (20_000, 1))
+    logits = jnp.tile(jjnp.log(jnp.asarray(PROBS)), (20_000, 1))
     tokens, _ = sample(logits, Sampling(top_k=3), KEY)
     frequencies = np.bincount(tokens, minlength=4) / 20_000
     np.testing.assert_allclose(frequencies, [0, 4 / 9, 2 / 9, 3 / 9], atol=0.015)
@@ -168,8 +239,11 @@ def test_draws_have_the_frequencies_of_the_distribution():
         ({'top_k': -1}, 'top_k must be'),
         ({'top_p': 0.0}, 'top_p must be'),
         ({'top_p': 1.5}, 'top_p must be'),
-        ({'eos_id': 20}, 'eos_id must be'),
+        ({'eos_id': 20}, 'What ends a row must be'),
         ({'params': 'params alone'}, 'selection biases'),
+        ({'prompts': [[1, 2], []], 'prompt_mask': None}, 'prompt 1 is'),
+        ({'prompts': [[1], [2.5]], 'prompt_mask': None}, 'prompt 1 is'),
+        ({'key': jax.random.split(KEY, 2)}, 'key must be one for all 3 rows'),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
