@@ -164,7 +164,7 @@ def record_text(record: Any, field: str, where: str) -> str:
         )
     _require_field(list(record), field, where)
     value = record[field]
-    text = ''.join(_message_texts(value, where)) if isinstance(value, list) else value
+    text = message_text(value, where) if isinstance(value, list) else value
     if not isinstance(text, str):
         raise InputError(
             f'{where}: the field {field!r} must be a string or a list of messages; received a '
@@ -178,6 +178,19 @@ def record_text(record: Any, field: str, where: str) -> str:
             'Mend or remove the record.'
         ) from error
     return text
+
+
+def message_text(messages: list, where: str) -> str:
+    """Renders OpenAI-style messages: each as `role: content` and a blank line.
+
+    Args:
+        messages: objects with `role` and `content`, which is text or a list of parts with `text`.
+        where: what they are called in an error.
+
+    Raises:
+        InputError: naming the message that has no role or no text.
+    """
+    return ''.join(_message_texts(messages, where))
 
 
 def _message_texts(messages: list, where: str) -> Iterator[str]:

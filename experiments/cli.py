@@ -6,6 +6,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -42,6 +43,15 @@ def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
         lambda argv: _guarded(functools.partial(main, *argv[1:])),
         flags_parser=functools.partial(_parse, commands),
     )
+
+
+def required(flag: flags.FlagHolder[Any]) -> Any:
+    """Returns the value of a flag that has no default."""
+    if not flag.value:
+        raise InputError(
+            f'--{flag.name}=PATH is required. {flags.FLAGS[flag.name].help} See --help.'
+        )
+    return flag.value
 
 
 def _guarded(main: Callable[[], None]) -> int:

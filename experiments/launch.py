@@ -9,7 +9,6 @@ complete in the workdir are skipped, and one that was cut off goes on where it w
 import pathlib
 import shlex
 import sys
-from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -19,7 +18,6 @@ from experiments import cli
 from experiments.context import Context
 from experiments.signals import StopSignal
 from experiments.stages import STAGES, require_stages, run_stages
-from moe.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The study: a file that defines get_config().'
@@ -34,17 +32,9 @@ NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator_
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'With --coordinator_address: of this one.')
 
 
-def _required(flag: flags.FlagHolder[Any]) -> Any:
-    if not flag.value:
-        raise InputError(
-            f'--{flag.name}=PATH is required. {flags.FLAGS[flag.name].help} See --help.'
-        )
-    return flag.value
-
-
 def main() -> None:
     """Runs the stages that were asked for."""
-    config, workdir = _required(CONFIG), _required(WORKDIR)
+    config, workdir = cli.required(CONFIG), cli.required(WORKDIR)
     require_stages(tuple(STAGE_NAMES.value))
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(

@@ -91,7 +91,8 @@ def grown(config: TransformerConfig, cache: KVCache, num_slots: int) -> KVCache:
         return empty_cache(config, batch, num_slots, slack=cache.slack)
 
     def pad(leaf: Array, like: Any) -> Array:
-        return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, like.shape)])
+        sizes = zip(leaf.shape, like.shape, strict=True)
+        return jnp.pad(leaf, [(0, new - old) for old, new in sizes])
 
     return jax.tree.map(pad, cache, jax.eval_shape(empty))
 
@@ -126,4 +127,3 @@ def inserted(
 def has_state(config: TransformerConfig) -> bool:
     """Whether some layer's cache is a state that cannot be set back."""
     return any(isinstance(kind, LinearAttentionConfig) for kind in config.attention_layers)
-

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from moe.attention_kinds import empty_cache
 from moe.cache_layout import compacted, constrain_cache, grown, inserted
@@ -133,17 +133,18 @@ def enter_rows(
     )
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'top'), donate_argnames='rows')
+@functools.partial(jax.jit, static_argnames=('model', 'top', 'vocab_size'), donate_argnames='rows')
 def write_token(
     model: Transformer,
     variables: Any,
     rows: Rows,
     active: Bool[Array, 'B'],
     sampling: SamplingRows,
-    keys: Key[Array, 'B'],
+    seeds: UInt[Array, 'B'],
     written: Int[Array, 'B'],
     *,
     top: int,
+    vocab_size: int,
 ) -> tuple[Rows, Int[Array, 'B'], Scores]:
     """Writes a token in every active row, and runs the model on it.
 
@@ -152,11 +153,12 @@ def write_token(
         means nothing.
     """
     penalised = penalise(rows.logits, rows.seen, sampling.repetition_penalty)
-    new = sample(penalised, sampling, row_keys(keys, written))
+    real = jnp.arange(penalised.shape[-1]) < vocab_size
+    penalised = jnp.where(real, penalised, -jnp.inf)
+    keys = row_keys(jax.vmap(jax.random.key)(seeds), written)
+    new = sample(penalised, sampling, keys)
     scores = _scores(rows.logits, new, top)
-    output: Any = model.apply(
-        variables, new[:, None], mask=active[:, None], cache=rows.cache
-    )
+    output: Any = model.apply(variables, new[:, None], mask=active[:, None], cache=rows.cache)
     length = rows.cache.length + active
     cache = dataclasses.replace(output.cache, length=length)
     rows = Rows(

@@ -1,4 +1,4 @@
-"""What every form of dispatch computes alike: the biases of experts, and their hidden activations."""
+"""What every form of dispatch shares: the biases of experts, and their hidden activations."""
 
 from typing import NamedTuple
 

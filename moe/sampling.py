@@ -137,7 +137,7 @@ def sample(
 def log_probs_of(
     logits: Float[Array, '*B V'], tokens: Int[Array, '*B']
 ) -> tuple[Float[Array, '*B'], Float[Array, '*B V']]:
-    """Returns the tokens' log-probabilities in nats under the logits as they are, and everyone's."""
+    """Returns the log-probabilities of these tokens and of all, in nats, under plain logits."""
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0], log_probs
 

@@ -124,19 +124,12 @@ def test_a_row_does_not_depend_on_those_beside_it():
     settings = [Sampling(), Sampling(0.0), Sampling(1.5, 5, 0.9, 0.01, 1.3)]
     prompts = [PROMPTS[row][MASK[row]] for row in range(3)]
     keys = jax.random.split(KEY, 3)
-    together = write(
-        MODEL, variables(), prompts, max_new_tokens=8, sampling=settings, key=keys, stop_ids=(7, 2)
-    )
+    how = {'max_new_tokens': 8, 'stop_ids': (7, 2)}
+    together = write(MODEL, variables(), prompts, sampling=settings, key=keys, **how)
     for row in range(3):
-        alone = write(
-            MODEL,
-            variables(),
-            [prompts[row]],
-            max_new_tokens=8,
-            sampling=settings[row],
-            key=keys[row : row + 1],
-            stop_ids=(7, 2),
-        )
+        padded, mask = PROMPTS[row : row + 1], MASK[row : row + 1]
+        how |= {'sampling': settings[row], 'key': keys[row : row + 1], 'prompt_mask': mask}
+        alone = write(MODEL, variables(), padded, **how)
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
         np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-4)
         assert alone.lengths[0] == together.lengths[row]
@@ -193,7 +186,9 @@ PROBS = np.array([0.1, 0.4, 0.2, 0.3])
     ],
 )
 def test_filters_keep_the_hand_worked_distribution(sampling, kept):
-    filtered = filter_logits(jjnp.log(jnp.asarray(PROBS, jnp.float32))[None], sampling_rows([sampling]))
+    filtered = filter_logits(
+        jnp.log(jnp.asarray(PROBS, jnp.float32))[None], sampling_rows([sampling])
+    )
     np.testing.assert_allclose(jax.nn.softmax(filtered)[0], kept, atol=1e-6)
 
 
@@ -218,7 +213,7 @@ def test_a_penalty_makes_what_was_seen_less_likely():
 
 
 def test_draws_have_the_frequencies_of_the_distribution():
-    logits = jnp.tile(jjnp.log(jnp.asarray(PROBS)), (20_000, 1))
+    logits = jnp.tile(jnp.log(jnp.asarray(PROBS)), (20_000, 1))
     tokens, _ = sample(logits, Sampling(top_k=3), KEY)
     frequencies = np.bincount(tokens, minlength=4) / 20_000
     np.testing.assert_allclose(frequencies, [0, 4 / 9, 2 / 9, 3 / 9], atol=0.015)

@@ -1,0 +1,128 @@
+"""Continues every prompt of a file.
+
+    python -m experiments.generate --checkpoint=runs/quickstart/student --prompts=in.jsonl \\
+        --out=out.jsonl
+
+A line of the prompts is a JSON object with `prompt`, a string, or `messages`, a list of objects
+with `role` and `content`; and an `id`, if it is to be found again by one. A line of the output has
+the number of its prompt's line, the `id`, the `text`, its `tokens` with their `log_probs`, and what
+ended it: `stop` or `length`.
+
+Lines are written as they are done. The same command goes on after a kill: no prompt is left out, or
+done twice, and each gets the text that it would have got at once.
+"""
+
+import pathlib
+import sys
+import time
+
+from absl import flags, logging
+
+from experiments import cli
+from experiments.bulk import Job, Prompt, Results, read_prompts
+from experiments.loading import Loaded, load_stage, mesh_of
+from experiments.signals import StopSignal
+from experiments.text_stream import TextStream
+from moe.engine import Engine
+from moe.errors import InputError
+from moe.requests import MAX_SEED, EngineConfig, Request
+from moe.sampling import Sampling
+
+CHECKPOINT = flags.DEFINE_string('checkpoint', None, "The model: a trained stage's folder.")
+PROMPTS = flags.DEFINE_string('prompts', None, 'The file of prompts, .jsonl.')
+OUT = flags.DEFINE_string('out', None, 'The file to write, .jsonl.')
+MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'Of each text.', lower_bound=1)
+TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 takes the likeliest token.')
+TOP_K = flags.DEFINE_integer('top_k', 0, 'Draws from that many likeliest tokens; 0 from all.')
+TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draws from the likeliest tokens of this probability.')
+MIN_P = flags.DEFINE_float('min_p', 0.0, 'Draws from tokens this likely beside the likeliest.')
+PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'Of tokens that are there already.')
+STOP = flags.DEFINE_multi_string('stop', [], 'A string that ends a text; may be repeated.')
+SEED = flags.DEFINE_integer('seed', 0, 'Equal seeds write equal texts.', lower_bound=0)
+ROWS = flags.DEFINE_integer('rows', 16, 'Texts written at once.', lower_bound=1)
+MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)
+DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
+DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)
+TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the weights are split over.')
+
+
+def main() -> None:
+    """Writes what is not written yet."""
+    logging.set_verbosity(logging.WARNING)
+    for flag in (CHECKPOINT, PROMPTS, OUT):
+        if not flag.value:
+            raise InputError(f'--{flag.name}=PATH is required. See --help.')
+    stop = StopSignal()
+    prompts = read_prompts(pathlib.Path(PROMPTS.value))
+    loaded = load_stage(checkpoint, mesh=mesh_of(DATA.value, TENSOR.value), dtype=DTYPE.value)
+    settings = {
+        'model': loaded.sha256,
+        'max_new_tokens': MAX_NEW_TOKENS.value,
+        'stop': STOP.value,
+        'seed': SEED.value,
+        'temperature': TEMPERATURE.value,
+        'top_k': TOP_K.value,
+        'top_p': TOP_P.value,
+        'min_p': MIN_P.value,
+        'repetition_penalty': PENALTY.value,
+    }
+    with Results(pathlib.Path(out), prompts, settings) as results:
+        left = [prompt for prompt in prompts if prompt.line not in results.done]
+        print(f'{len(prompts)} prompts, {len(left)} to be written', file=sys.stderr)
+        write_all(loaded, left, results, stop)
+
+
+def write_all(loaded: Loaded, prompts: list[Prompt], results: Results, stop: StopSignal) -> None:
+    """Keeps an engine's rows full until every prompt is done, or it is asked to stop."""
+    config = EngineConfig(max_rows=ROWS.value, max_length=MAX_LENGTH.value)
+    vocab_size = loaded.tokenizer.vocab_size
+    engine = Engine(loaded.model, loaded.variables, config, vocab_size=vocab_size)
+    requests = {prompt.line: _request(loaded, prompt) for prompt in prompts}
+    too_long = [
+        line for line, r in requests.items() if len(r.prompt) + r.max_new_tokens > config.max_length
+    ]
+    if too_long:
+        raise InputError(
+            f'{PROMPTS.value}: prompt and --max_new_tokens together must be at most --max_length='
+            f'{config.max_length} tokens; lines {_listed(too_long)} are longer. Raise it, or '
+            'shorten them.'
+        )
+    waiting, jobs, start, tokens = list(reversed(prompts)), {}, time.perf_counter(), 0
+    while (waiting or jobs) and not stop.agreed(0):
+        while waiting and engine.waiting + engine.running < 2 * config.max_rows:
+            prompt = waiting.pop()
+            stream = TextStream(loaded.tokenizer, STOP.value)
+            jobs[engine.submit(requests[prompt.line])] = Job(prompt, stream)
+        for event in engine.step():
+            assert event.token is not None
+            tokens += 1
+            if jobs[event.request].add(event.token, event.finish):
+                engine.cancel(event.request)
+                results.add(jobs.pop(event.request))
+    seconds = time.perf_counter() - start
+    print(f'{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second', file=sys.stderr)
+
+
+def _request(loaded: Loaded, prompt: Prompt) -> Request:
+    """The prompt's own seed: its text does not depend on what was done before a kill."""
+    tokenizer = loaded.tokenizer
+    return Request(
+        prompt=(tokenizer.bos_id, *tokenizer.encode(prompt.text).tolist()),
+        max_new_tokens=MAX_NEW_TOKENS.value,
+        sampling=_sampling(),
+        stop_ids=(tokenizer.eos_id,),
+        seed=(SEED.value * 1_000_003 + prompt.line) % (MAX_SEED + 1),
+    )
+
+
+def _sampling() -> Sampling:
+    return Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, PENALTY.value)
+
+
+def _listed(lines: list[int]) -> str:
+    more = f' and {len(lines) - 8} more' if len(lines) > 8 else ''
+    return ', '.join(map(str, lines[:8])) + more
+
+
+if __name__ == '__main__':
+    cli.run(main)

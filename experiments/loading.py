@@ -1,0 +1,93 @@
+"""A model to write with, from the folder of the stage that trained it; no config is needed."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from distill.checkpoint import read_metadata
+from distill.tokenizer import Tokenizer, load_tokenizer
+from experiments.build import build
+from experiments.training import load_model, model_sha256
+from experiments.workdir import read_json
+from moe.config import TransformerConfig
+from moe.errors import InputError
+from moe.sharding import MeshConfig, make_mesh
+from moe.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model with all that it is used with.
+
+    Attributes:
+        name: of the model: its study and its stage.
+        model: the architecture.
+        variables: its weights, placed.
+        tokenizer: that it was trained with.
+        sha256: of the weights' files.
+    """
+
+    name: str
+    model: Transformer
+    variables: Any
+    tokenizer: Tokenizer
+    sha256: str
+
+
+def load_stage(
+    checkpoint: str | pathlib.Path, *, mesh: MeshConfig | None = None, dtype: str | None = None
+) -> Loaded:
+    """Loads the model of a trained stage, such as runs/quickstart/student.
+
+    The checkpoint says which architecture it holds; no config is needed.
+
+    Args:
+        checkpoint: the stage's folder.
+        mesh: of all devices; None for one of them.
+        dtype: to compute in; None for that of the weights.
+
+    Raises:
+        InputError: where the folder holds no trained model of ours, or its tokenizer is missing.
+    """
+    folder = pathlib.Path(checkpoint).expanduser().absolute()
+    if not (folder / 'model').is_dir():
+        raise InputError(
+            f'--checkpoint must be the folder of a stage that trained a model, such as '
+            f'runs/quickstart/student; {folder} has no folder "model".'
+        )
+    info = read_metadata(folder / 'model')
+    stored = next(iter(info.arrays.values()))[0]
+    values = info.metadata['identity']['model'] | {
+        'dtype': dtype or stored,
+        'param_dtype': stored,
+    }
+    config = build(TransformerConfig, values, f'{folder}: model')
+    tokenizer = load_tokenizer(_tokenizer_folder(folder.parent))
+    devices = make_mesh(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
+    model = Transformer(config, devices if devices.size > 1 else None)
+    identity = {'tokenizer': tokenizer.fingerprint}
+    variables = load_model(folder / 'model', model, devices, identity)
+    return Loaded(
+        name=f'{folder.parent.name}/{folder.name}',
+        model=model,
+        variables=variables,
+        tokenizer=tokenizer,
+        sha256=model_sha256(folder / 'model'),
+    )
+
+
+def _tokenizer_folder(workdir: pathlib.Path) -> pathlib.Path:
+    """The study's own, or that of the study that its teacher came from."""
+    own = workdir / 'tokenizer'
+    config = workdir / 'config.json'
+    if own.exists() or not config.exists():
+        return own
+    teacher = read_json(config)['teacher']['checkpoint']
+    return own if teacher is None else pathlib.Path(teacher).expanduser().parent / 'tokenizer'
+
+
+def mesh_of(data: int, tensor: int) -> MeshConfig | None:
+    """Returns the mesh that flags ask for; None for one device."""
+    return None if data == tensor == 1 else MeshConfig(data=data, tensor=tensor)
