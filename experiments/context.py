@@ -1,10 +1,8 @@
 """What the stages of one launch share: config, folder, mesh, text, tokens; made when needed."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from distill.data import DataConfig, EvaluationSet, TrainPipeline, evaluation_ro
 from distill.sources import Document, read_documents, split_documents
 from distill.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_or_load
 from experiments.fit import require_fit
+from experiments.identity import model_identity
 from experiments.signals import StopSignal
 from experiments.study import StudyConfig, build_study
 from experiments.workdir import Workdir
@@ -117,16 +116,7 @@ class Context:
 
     def identity(self, config: TransformerConfig) -> dict[str, Any]:
         """What a checkpoint of a model must agree with to be used here."""
-        architecture = dataclasses.asdict(config)
-        # How a model is computed is free to change; what it computes is not.
-        for name in ('dtype', 'param_dtype', 'remat'):
-            del architecture[name]
-        if architecture['moe'] is not None:
-            del architecture['moe']['dispatch']
-            del architecture['moe']['capacity_factor']
-        # As JSON gives it back from a checkpoint: lists for tuples.
-        plain = json.loads(json.dumps(architecture))
-        return {'model': plain, 'tokenizer': self.tokenizer.fingerprint}
+        return {'model': model_identity(config), 'tokenizer': self.tokenizer.fingerprint}
 
 
 def _limited(documents: list[Document], max_bytes: int) -> list[Document]:

@@ -137,11 +137,11 @@ def write(
         prompts, prompt_mask = pad_prompts(prompts)
     prompts, mask = np.asarray(prompts), np.asarray(prompt_mask)
     stops = tuple(map(int, stop_ids))
-    _check(model, prompts, mask, max_new_tokens, stops, top_log_probs)
+    check_writing(model, prompts, mask, max_new_tokens, stops, top_log_probs)
     variables = checked_variables(model, params)
     run = _Run(dropless(model), max_new_tokens, stops, top_log_probs)
-    rows = _sampling_of(sampling, len(prompts))
-    keys = _keys_of(key, len(prompts))
+    rows = sampling_of(sampling, len(prompts))
+    keys = keys_of(key, len(prompts))
     return _write(run, variables, jnp.asarray(prompts, jnp.int32), jnp.asarray(mask), rows, keys)
 
 
@@ -301,7 +301,8 @@ def checked_variables(model: Transformer, params: Any) -> Mapping[str, Any]:
     return variables
 
 
-def _sampling_of(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
+def sampling_of(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
+    """Returns the settings of each row, of those or of one for all."""
     settings = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
     if len(settings) != batch:
         raise InputError(
@@ -310,7 +311,8 @@ def _sampling_of(sampling: Sampling | Sequence[Sampling], batch: int) -> Samplin
     return sampling_rows(settings)
 
 
-def _keys_of(key: Key[Array, '*B'], batch: int) -> Key[Array, 'B']:
+def keys_of(key: Key[Array, '*B'], batch: int) -> Key[Array, 'B']:
+    """Returns the key of each row, of those or of one for all."""
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
@@ -320,7 +322,7 @@ def _keys_of(key: Key[Array, '*B'], batch: int) -> Key[Array, 'B']:
     return key
 
 
-def _check(
+def check_writing(
     model: Transformer,
     prompts: np.ndarray,
     mask: np.ndarray,
@@ -328,6 +330,7 @@ def _check(
     stop_ids: tuple[int, ...],
     top_log_probs: int,
 ) -> None:
+    """Raises an `InputError` for arguments of `write` that cannot be written from."""
     vocab = model.config.vocab_size
     check_prompts(prompts, vocab)
     left_padded = mask.shape == prompts.shape and mask.dtype == bool and mask[:, -1].all()

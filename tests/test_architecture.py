@@ -29,14 +29,17 @@ HEAVY = {
     'array_record',
     'grain',
     'matplotlib',
+    'openai',
     'orbax',
     'pyarrow',
     'safetensors',
+    'starlette',
     'tensorflow',
     'tensorstore',
     'tokenizers',
     'torch',
     'transformers',
+    'uvicorn',
 }
 
 
