@@ -20,15 +20,15 @@ from absl import flags, logging
 
 from experiments import cli
 from experiments.bulk import Job, Prompt, Results, read_prompts
-from experiments.loading import Loaded, load_stage, mesh_of
+from experiments.loading import Loaded
 from experiments.signals import StopSignal
 from experiments.text_stream import TextStream
+from experiments.writing_flags import ROWS, loaded_engine
 from moe.engine import Engine
 from moe.errors import InputError
-from moe.requests import MAX_SEED, EngineConfig, Request
+from moe.requests import MAX_SEED, Request
 from moe.sampling import Sampling
 
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, "The model: a trained stage's folder.")
 PROMPTS = flags.DEFINE_string('prompts', None, 'The file of prompts, .jsonl.')
 OUT = flags.DEFINE_string('out', None, 'The file to write, .jsonl.')
 MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'Of each text.', lower_bound=1)
@@ -39,22 +39,15 @@ MIN_P = flags.DEFINE_float('min_p', 0.0, 'Draws from tokens this likely beside t
 PENALTY = flags.DEFINE_float('repetition_penalty', 1.0, 'Of tokens that are there already.')
 STOP = flags.DEFINE_multi_string('stop', [], 'A string that ends a text; may be repeated.')
 SEED = flags.DEFINE_integer('seed', 0, 'Equal seeds write equal texts.', lower_bound=0)
-ROWS = flags.DEFINE_integer('rows', 16, 'Texts written at once.', lower_bound=1)
-MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)
-DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
-DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)
-TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the weights are split over.')
 
 
 def main() -> None:
     """Writes what is not written yet."""
     logging.set_verbosity(logging.WARNING)
-    for flag in (CHECKPOINT, PROMPTS, OUT):
-        if not flag.value:
-            raise InputError(f'--{flag.name}=PATH is required. See --help.')
+    source, out = cli.required(PROMPTS), cli.required(OUT)
     stop = StopSignal()
-    prompts = read_prompts(pathlib.Path(PROMPTS.value))
-    loaded = load_stage(checkpoint, mesh=mesh_of(DATA.value, TENSOR.value), dtype=DTYPE.value)
+    prompts = read_prompts(pathlib.Path(source))
+    loaded, engine = loaded_engine(max_waiting=2 * ROWS.value)
     settings = {
         'model': loaded.sha256,
         'max_new_tokens': MAX_NEW_TOKENS.value,
@@ -69,14 +62,14 @@ def main() -> None:
     with Results(pathlib.Path(out), prompts, settings) as results:
         left = [prompt for prompt in prompts if prompt.line not in results.done]
         print(f'{len(prompts)} prompts, {len(left)} to be written', file=sys.stderr)
-        write_all(loaded, left, results, stop)
+        write_all(loaded, engine, left, results, stop)
 
 
-def write_all(loaded: Loaded, prompts: list[Prompt], results: Results, stop: StopSignal) -> None:
+def write_all(
+    loaded: Loaded, engine: Engine, prompts: list[Prompt], results: Results, stop: StopSignal
+) -> None:
     """Keeps an engine's rows full until every prompt is done, or it is asked to stop."""
-    config = EngineConfig(max_rows=ROWS.value, max_length=MAX_LENGTH.value)
-    vocab_size = loaded.tokenizer.vocab_size
-    engine = Engine(loaded.model, loaded.variables, config, vocab_size=vocab_size)
+    config = engine.config
     requests = {prompt.line: _request(loaded, prompt) for prompt in prompts}
     too_long = [
         line for line, r in requests.items() if len(r.prompt) + r.max_new_tokens > config.max_length

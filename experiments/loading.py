@@ -86,8 +86,3 @@ def _tokenizer_folder(workdir: pathlib.Path) -> pathlib.Path:
         return own
     teacher = read_json(config)['teacher']['checkpoint']
     return own if teacher is None else pathlib.Path(teacher).expanduser().parent / 'tokenizer'
-
-
-def mesh_of(data: int, tensor: int) -> MeshConfig | None:
-    """Returns the mesh that flags ask for; None for one device."""
-    return None if data == tensor == 1 else MeshConfig(data=data, tensor=tensor)

@@ -16,23 +16,15 @@ import sys
 from absl import flags, logging
 
 from experiments import cli
-from experiments.loading import load_stage, mesh_of
 from experiments.serve_app import App
 from experiments.serve_worker import Worker
-from moe.engine import Engine
+from experiments.writing_flags import loaded_engine
 from moe.errors import InputError
-from moe.requests import EngineConfig
 
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, "The model: a trained stage's folder.")
 HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
 PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on; 0 for any.', 0, 65535)
 NAME = flags.DEFINE_string('name', None, "The model's name; by default study/stage.")
-ROWS = flags.DEFINE_integer('rows', 8, 'Texts written at once.', lower_bound=1)
-MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)
 MAX_WAITING = flags.DEFINE_integer('max_waiting', 256, 'Texts that may wait for a row.', 0)
-DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
-DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)
-TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the weights are split over.', 1)
 
 KEY = 'FRACTIONAL_API_KEY'
 
@@ -41,16 +33,11 @@ def main() -> None:
     """Loads the model and serves it until it is told to stop."""
     logging.set_verbosity(logging.WARNING)
     uvicorn = _uvicorn()
-    checkpoint = cli.required(CHECKPOINT)
     key = os.environ.get(KEY) or None
     if key is None and HOST.value not in ('127.0.0.1', '::1', 'localhost'):
         print(f'Anyone who reaches {HOST.value} may use this server: set {KEY}.', file=sys.stderr)
-    mesh = mesh_of(DATA.value, TENSOR.value)
-    loaded = load_stage(checkpoint, mesh=mesh, dtype=DTYPE.value)
-    config = EngineConfig(ROWS.value, MAX_LENGTH.value, max_waiting=MAX_WAITING.value)
-    vocab_size = loaded.tokenizer.vocab_size
-    engine = Engine(loaded.model, loaded.variables, config, vocab_size=vocab_size)
-    worker = Worker(engine, vocab_size)
+    loaded, engine = loaded_engine(max_waiting=MAX_WAITING.value)
+    worker = Worker(engine, loaded.tokenizer.vocab_size)
     app = App(worker, loaded.tokenizer, NAME.value or loaded.name, key)
     try:
         uvicorn.run(app.application(), host=HOST.value, port=PORT.value, access_log=False)

@@ -1,0 +1,31 @@
+"""The flags of the commands that write with a model, and the engine that they ask for."""
+
+from absl import flags
+
+from experiments import cli
+from experiments.loading import Loaded, load_stage
+from moe.engine import Engine
+from moe.requests import EngineConfig
+from moe.sharding import MeshConfig
+
+CHECKPOINT = flags.DEFINE_string('checkpoint', None, "The model: a trained stage's folder.")
+ROWS = flags.DEFINE_integer('rows', 8, 'Texts written at once.', lower_bound=1)
+MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)
+DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
+DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)
+TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the weights are split over.', 1)
+
+
+def loaded_engine(*, max_waiting: int) -> tuple[Loaded, Engine]:
+    """Loads the model that the flags name, and makes an engine of it.
+
+    Args:
+        max_waiting: requests that may wait for a row.
+    """
+    checkpoint = cli.required(CHECKPOINT)
+    alone = DATA.value == TENSOR.value == 1
+    mesh = None if alone else MeshConfig(data=DATA.value, tensor=TENSOR.value)
+    loaded = load_stage(checkpoint, mesh=mesh, dtype=DTYPE.value)
+    config = EngineConfig(ROWS.value, MAX_LENGTH.value, max_waiting=max_waiting)
+    vocab_size = loaded.tokenizer.vocab_size
+    return loaded, Engine(loaded.model, loaded.variables, config, vocab_size=vocab_size)
