@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark moe     a MoE layer beside a dense MLP of equal active FLOPs
     python -m experiments.benchmark loss    the fused head and KL beside its bare matrix products
+    python -m experiments.benchmark decode  tokens a second beside memory's speed and transformers
 
 Figures are printed, and written with --json=PATH as rows of name, value, unit, reference, ratio and
 conditions. The ratio is the share of the reference's rate, 1.0 is as fast; of memory, the share of
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli
+from experiments.benchmark_decode import decode_rows
 from experiments.benchmark_loss import ROWS, loss_rows
 from experiments.timing import interleaved_medians
 from moe.config import Dispatch, MoEConfig, RouterConfig
@@ -139,7 +141,15 @@ def _loss() -> list[Row]:
     return loss_rows(tokens=_TOKENS.value, vocab_size=_VOCAB_SIZE.value, repeats=_REPEATS.value)
 
 
-COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {'moe': _moe, 'loss': _loss}
+def _decode() -> Iterator[Row]:
+    return decode_rows(repeats=_REPEATS.value)
+
+
+COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {
+    'moe': _moe,
+    'loss': _loss,
+    'decode': _decode,
+}
 
 
 def main(command: str) -> None:

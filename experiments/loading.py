@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from distill.checkpoint import read_metadata
 from distill.tokenizer import Tokenizer, load_tokenizer
@@ -13,8 +14,9 @@ from experiments.training import load_model, model_sha256
 from experiments.workdir import read_json
 from moe.config import TransformerConfig
 from moe.errors import InputError
-from moe.sharding import MeshConfig, make_mesh
+from moe.sharding import MeshConfig, make_mesh, variable_shardings
 from moe.transformer import Transformer
+from moe.unstacked import relaid, unrolled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Loaded:
 
     Attributes:
         name: of the model: its study and its stage.
-        model: the architecture.
+        model: the architecture, with a subtree for each layer.
         variables: its weights, placed.
         tokenizer: that it was trained with.
         sha256: of the weights' files.
@@ -69,6 +71,7 @@ def load_stage(
     model = Transformer(config, devices if devices.size > 1 else None)
     identity = {'tokenizer': tokenizer.fingerprint}
     variables = load_model(folder / 'model', model, devices, identity)
+    model, variables = _unstacked(model, variables, devices)
     return Loaded(
         name=f'{folder.parent.name}/{folder.name}',
         model=model,
@@ -76,6 +79,21 @@ def load_stage(
         tokenizer=tokenizer,
         sha256=model_sha256(folder / 'model'),
     )
+
+
+def _unstacked(model: Transformer, variables: Any, mesh: Mesh) -> tuple[Transformer, Any]:
+    """Gives each layer arrays of its own: out of a stack, a step would copy all of its experts."""
+    source, target = model.config, unrolled(model.config)
+    if not source.scan_layers:
+        return model, variables
+    model = model.clone(config=target)
+    shardings = {'routing': {}} | variable_shardings(model, mesh)
+    move = jax.jit(
+        lambda variables: {k: relaid(source, target, tree) for k, tree in variables.items()},
+        out_shardings=shardings,
+        donate_argnums=0,
+    )
+    return model, move(variables)
 
 
 def _tokenizer_folder(workdir: pathlib.Path) -> pathlib.Path:

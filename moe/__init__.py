@@ -21,20 +21,27 @@ from moe.config import (
     YarnScaling,
 )
 from moe.convert import family_of, load_pretrained, pretrained_config, save_pretrained
-from moe.decode import generate
+from moe.decode import Written, generate, write
+from moe.drafts import ModelDraft, PromptLookup
+from moe.engine import Engine
 from moe.errors import InputError
 from moe.expert_weights import split_experts, stack_experts
 from moe.experts import MoELayer
 from moe.presets import preset
 from moe.replay import load_routing, save_routing
+from moe.requests import EngineConfig, QueueFullError, Request
 from moe.routing import route
+from moe.sampling import Sampling
 from moe.selection_bias import update_selection_bias
 from moe.sharding import MeshConfig, make_mesh, variable_shardings
+from moe.speculate import speculate
 from moe.transformer import Transformer, output_head
 from moe.types import KVCache, ModelOutput, RouterOutput
 
 __all__ = [
     'AttentionConfig',
+    'Engine',
+    'EngineConfig',
     'InputError',
     'KVCache',
     'LatentAttentionConfig',
@@ -44,11 +51,17 @@ __all__ = [
     'MeshConfig',
     'MoEConfig',
     'MoELayer',
+    'ModelDraft',
     'ModelOutput',
+    'PromptLookup',
+    'QueueFullError',
+    'Request',
     'RouterConfig',
     'RouterOutput',
+    'Sampling',
     'Transformer',
     'TransformerConfig',
+    'Written',
     'YarnScaling',
     'bytes_per_token',
     'empty_cache',
@@ -69,9 +82,11 @@ __all__ = [
     'router_z_loss',
     'save_pretrained',
     'save_routing',
+    'speculate',
     'split_experts',
     'stack_experts',
     'update_selection_bias',
     'updated_bias',
     'variable_shardings',
+    'write',
 ]

@@ -113,24 +113,29 @@ class Engine:
 
     def cancel(self, number: int) -> bool:
         """Forgets a request and frees its row at once; returns whether it was still under way."""
-        if self._waiting.pop(number, None) is not None:
-            return True
-        if self._filling is not None and self._filling.drop(number):
-            return True
+        found = self._waiting.pop(number, None) is not None
+        if self._filling is not None:
+            found |= self._filling.drop(number)
         for at, row in enumerate(self._active):
             if row is not None and row.number == number:
-                self._active[at] = None
-                return True
-        return False
+                self._active[at], found = None, True
+        self._give_back()
+        return found
 
     def step(self) -> list[Event]:
         """Runs one chunk of the next prompts, where a row is free, and writes a token a row."""
         events = self._fill()
         if any(self._active):
             events += self._write()
+        self._give_back()
+        return events
+
+    def _give_back(self) -> None:
+        """Frees the caches that nothing is left to be written in."""
+        if self._filling is not None and not self._filling.requests:
+            self._filling = None
         if self._filling is None and not any(self._active):
             self._rows = None
-        return events
 
     def _free_rows(self) -> int:
         taken = 0 if self._filling is None else len(self._filling.requests)

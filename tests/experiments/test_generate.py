@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from stage import CONFIG, MODEL, make_stage
+from stage import CONFIG, make_stage
 
 from distill.tokenizer import ByteTokenizer
 from experiments import generate
@@ -17,6 +17,7 @@ from experiments.text_stream import TextStream
 from moe.decode import write
 from moe.errors import InputError
 from moe.sampling import Sampling
+from moe.unstacked import unrolled
 
 PROMPTS = [
     {'prompt': 'the cat', 'id': 'a'},
@@ -63,11 +64,13 @@ def test_every_prompt_gets_the_text_that_the_model_writes(run, stage):
     assert records[1]['id'] == 'a'
     assert 'id' not in records[2]
     tokenizer, loaded = ByteTokenizer(), load_stage(stage)
-    assert loaded.model.config == CONFIG
+    assert loaded.model.config == unrolled(CONFIG)
     texts = {1: 'the cat', 2: '', 3: 'user: sat\n\n', 4: 'on a mat and ü', 5: 'the dog'}
     ids = [[tokenizer.bos_id, *tokenizer.encode(texts[line])] for line in sorted(texts)]
     keys = jax.vmap(jax.random.key)(np.arange(1, 6))
-    written = write(MODEL, loaded.variables, ids, max_new_tokens=9, sampling=Sampling(), key=keys)
+    written = write(
+        loaded.model, loaded.variables, ids, max_new_tokens=9, sampling=Sampling(), key=keys
+    )
     for row, line in enumerate(sorted(texts)):
         # Ids past the tokenizer's are never written; where the model alone drew none, all agree.
         alone = np.asarray(written.tokens[row]).tolist()

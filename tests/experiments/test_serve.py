@@ -12,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
-from stage import MODEL, make_stage
+from stage import make_stage
 
 from experiments.loading import load_stage
 from experiments.serve_app import MAX_BODY, App
@@ -83,7 +83,12 @@ def test_a_completion_is_what_the_model_writes(served):
     ids = [[tokenizer.bos_id, *tokenizer.encode('the cat')]]
     key = jax.random.key(0)
     expected = write(
-        MODEL, served.loaded.variables, ids, max_new_tokens=12, sampling=Sampling(0.0), key=key
+        served.loaded.model,
+        served.loaded.variables,
+        ids,
+        max_new_tokens=12,
+        sampling=Sampling(0.0),
+        key=key,
     )
     tokens = expected.tokens[0].tolist()
     assert max(tokens) < 256
@@ -106,7 +111,7 @@ def test_given_tokens_are_scored_by_the_full_forward(served):
         logprobs=1,
         extra_body={'return_tokens_as_token_ids': True},
     )
-    logits = MODEL.apply(served.loaded.variables, np.array([ids])).logits[0]
+    logits = jax.jit(served.loaded.model.apply)(served.loaded.variables, np.array([ids])).logits[0]
     expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
     for choice, length in zip(answer.choices, (len(ids), 4), strict=True):
         scores = choice.logprobs

@@ -78,11 +78,11 @@ def test_greedy_text_is_that_of_the_model_alone(config, kind):
 
 def exact_distribution(model, params, prompt, sampling: Sampling, length: int) -> np.ndarray:
     """The probability of every continuation, by a full forward over each prefix."""
-    probs = np.ones((V,) * length)
+    forward, probs = jax.jit(model.apply), np.ones((V,) * length)
     for at in range(length):
         prefixes = list(itertools.product(range(V), repeat=at))
         tokens = jnp.asarray([[*prompt, *prefix] for prefix in prefixes])
-        logits = np.asarray(model.apply(params, tokens).logits[:, -1], np.float64)
+        logits = np.asarray(forward(params, tokens).logits[:, -1], np.float64)
         scaled = logits / sampling.temperature
         if sampling.top_k:
             least = np.sort(scaled, axis=-1)[:, -sampling.top_k, None]
