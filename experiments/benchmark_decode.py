@@ -1,6 +1,7 @@
 """Figures of decoding beside the speed of memory, and beside `transformers` on the same model."""
 
 import functools
+import importlib
 import platform
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,8 +121,7 @@ def our_writers(config: TransformerConfig) -> dict[str, Callable[[int, int], Any
 def their_writers(config: TransformerConfig) -> dict[str, Callable[[int, int], Any]]:
     """Returns `generate` of transformers with each of its ways to run experts; {} without it."""
     try:
-        import torch
-        import transformers
+        torch, transformers = map(importlib.import_module, ('torch', 'transformers'))
     except ImportError:
         print('transformers is not measured: it comes with the extra hf-test.', flush=True)
         return {}

@@ -59,6 +59,7 @@ class Draft(Protocol):
 
     def start(self, variables: Any, prompts: Array, mask: Array, num_slots: int) -> Any:
         """Returns the state after the prompts [B, T]."""
+        ...
 
     def propose(
         self,
@@ -70,9 +71,11 @@ class Draft(Protocol):
         count: int,
     ) -> Proposal:
         """Proposes `count` tokens for each row, by its own key."""
+        ...
 
     def commit(self, variables: Any, before: Any, proposal: Proposal, text: Text, kept: Any) -> Any:
         """Returns the state after `kept` [B] tokens: the row's last and the accepted ones."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -229,7 +229,7 @@ def test_on_a_mesh_every_request_is_written_as_on_one_device():
     mesh = make_mesh(MESH)
     model = plain.clone(mesh=mesh)
     placed = jax.device_put(variables_of(plain), variable_shardings(model, mesh))
-    engine = Engine(model, placed, dataclasses.replace(SETTINGS, max_rows=4))
+    engine = Engine(model, placed, dataclasses.replace(FEW_PROGRAMS, max_rows=4))
     numbers = [engine.submit(request) for request in REQUESTS]
     events = [event for _ in range(5) for event in engine.step()]
     cache = engine._rows.cache
