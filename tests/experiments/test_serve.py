@@ -195,7 +195,7 @@ def test_a_dropped_connection_frees_its_rows(served):
     [
         ({'prompt': 'x' * 400}, 'max_tokens', '400 at most'),
         ({'prompt': 3}, 'prompt', 'a text, ids'),
-        ({'prompt': []}, None, 'ids'),
+        ({'prompt': []}, 'prompt', 'one or more ids'),
         ({'prompt': [999]}, None, r'ids in \[0, 259\)'),
         ({'prompt': [[1], 'x', {}]}, 'prompt', 'prompt must be'),
         ({'max_tokens': -1}, 'max_tokens', 'a count of tokens'),
