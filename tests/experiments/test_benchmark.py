@@ -1,5 +1,6 @@
 """Rows of the benchmarks at tiny sizes: what they hold, never how fast anything is."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -9,7 +10,7 @@ import sys
 import pytest
 from absl.testing import flagsaver
 
-from experiments import benchmark, cli
+from experiments import benchmark, benchmark_decode, cli
 from experiments.benchmark_loss import loss_rows
 from experiments.timing import interleaved_medians
 
@@ -157,3 +158,53 @@ def test_help_says_what_can_be_measured() -> None:
     assert done.stderr == ''
     for words in ('benchmark moe', 'benchmark loss', '--json', '--experts', '--repeats'):
         assert words in done.stdout
+
+
+def test_decode_rows_are_what_longer_texts_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A layer: q, o 512 x 512; k, v 512 x 256; norms 2 x 512 + 2 x 64; router 512 x 32; 4 experts of
+    # 3 x 512 x 512. Besides: the last norm, the head, and one row of the embedding.
+    layer = 2 * 512**2 + 2 * 512 * 256 + 2 * 512 + 2 * 64 + 512 * 32 + 4 * 3 * 512**2
+    active = 6 * layer + 512 + 512 * 16_384 + 512
+    seconds = {
+        'bandwidth': 2**28 / 1e10,
+        'fractional/1/8': 1.0,
+        'fractional/1/72': 3.0,
+        'fractional/16/8': 1.0,
+        'fractional/16/72': 5.0,
+        'fast/1/8': 1.0,
+        'fast/1/72': 9.0,
+        'fast/16/8': 1.0,
+        'fast/16/72': 17.0,
+        'slow/1/8': 1.0,
+        'slow/1/72': 17.0,
+        'slow/16/8': 1.0,
+        'slow/16/72': 9.0,
+    }
+
+    def fake(functions: dict, *, repeats: int) -> dict[str, float]:
+        assert set(functions) == set(seconds)
+        return seconds
+
+    monkeypatch.setattr(benchmark_decode, 'interleaved_medians', fake)
+    monkeypatch.setattr(benchmark_decode, 'our_writers', lambda _: {'fractional': None})
+    monkeypatch.setattr(benchmark_decode, 'their_writers', lambda _: {'fast': None, 'slow': None})
+    rows = {row['name']: row for row in benchmark_decode.decode_rows()}
+    limit = 1e10 / (4 * active)
+    assert {name: row['value'] for name, row in rows.items()} == {
+        'decode/batch1': 32.0,
+        'decode/batch1/transformers': 8.0,
+        'decode/batch16': 256.0,
+    }
+    assert math.isclose(rows['decode/batch1']['reference'], limit)
+    assert math.isclose(rows['decode/batch1/transformers']['reference'], limit)
+    assert rows['decode/batch16']['reference'] == 128.0
+    assert rows['decode/batch16']['ratio'] == 2.0
+    assert 'slow' in rows['decode/batch16']['conditions']
+
+
+def test_decode_writes_as_many_tokens_as_it_is_asked_for() -> None:
+    config = dataclasses.replace(
+        benchmark_decode.CONFIG, vocab_size=32, num_layers=1, embed_dim=16, mlp_dim=8
+    )
+    (writer,) = benchmark_decode.our_writers(config).values()
+    assert writer(2, 3).shape == (2, 3)
