@@ -123,8 +123,8 @@ def test_prints_and_writes_rows(
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        ((), 'name one of moe, loss; received none'),
-        (('mo',), "name one of moe, loss; received 'mo'"),
+        ((), 'name one of moe, loss, decode; received none'),
+        (('mo',), "name one of moe, loss, decode; received 'mo'"),
         (('moe', 'loss'), "'loss' is no flag"),
         (('moe', '--experts=x'), '--experts must be whole numbers of at least 3'),
         (('moe', '--experts=8,2'), "received '8,2'"),
@@ -186,8 +186,8 @@ def test_decode_rows_are_what_longer_texts_take_longer(monkeypatch: pytest.Monke
         return seconds
 
     monkeypatch.setattr(benchmark_decode, 'interleaved_medians', fake)
-    monkeypatch.setattr(benchmark_decode, 'our_writers', lambda _: {'fractional': None})
-    monkeypatch.setattr(benchmark_decode, 'their_writers', lambda _: {'fast': None, 'slow': None})
+    monkeypatch.setattr(benchmark_decode, 'our_writers', lambda _: {'fractional': print})
+    monkeypatch.setattr(benchmark_decode, 'their_writers', lambda _: {'fast': print, 'slow': print})
     rows = {row['name']: row for row in benchmark_decode.decode_rows()}
     limit = 1e10 / (4 * active)
     assert {name: row['value'] for name, row in rows.items()} == {
