@@ -74,4 +74,4 @@ def test_dispatch_takes_this_path_for_one_token_and_masks_it():
     np.testing.assert_allclose(run(True)[0, 0], expected, atol=2e-5)
     assert not run(False).any()
     text = jax.jit(run).lower(True).as_text()
-    assert 'sort' not in text
+    assert 'stablehlo.sort' not in text
