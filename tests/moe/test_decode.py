@@ -214,7 +214,8 @@ def test_a_penalty_makes_what_was_seen_less_likely():
 
 def test_draws_have_the_frequencies_of_the_distribution():
     logits = jnp.tile(jnp.log(jnp.asarray(PROBS)), (20_000, 1))
-    tokens, _ = sample(logits, Sampling(top_k=3), KEY)
+    rows = sampling_rows([Sampling(top_k=3)] * 20_000)
+    tokens = sample(logits, rows, jax.random.split(KEY, 20_000))
     frequencies = np.bincount(tokens, minlength=4) / 20_000
     np.testing.assert_allclose(frequencies, [0, 4 / 9, 2 / 9, 3 / 9], atol=0.015)
 
