@@ -88,6 +88,22 @@ def concatenate_experts(
     return _dense(config, params, weights, concatenated, num_experts)
 
 
+def require_mergeable(config: TransformerConfig) -> None:
+    """Refuses a model whose experts no dense MLP can stand for.
+
+    Raises:
+        InputError: for a dense model, experts with biases, and soft routing.
+    """
+    moe = config.moe
+    if moe is None:
+        raise InputError('Experts can become one MLP in a model that has some; it is dense.')
+    if moe.bias or moe.router.choice == 'soft':
+        raise InputError(
+            f'A dense MLP has no biases and mixes no tokens; received moe.bias={moe.bias} and '
+            f'moe.router.choice={moe.router.choice!r}.'
+        )
+
+
 def dense_width(config: TransformerConfig, num_experts: int) -> int:
     """Returns the hidden width of a dense MLP that holds the shared and `num_experts` experts.
 
@@ -95,9 +111,9 @@ def dense_width(config: TransformerConfig, num_experts: int) -> int:
         InputError: for a dense model, more experts than there are, or where layers that are dense
             already have another width.
     """
+    require_mergeable(config)
     moe = config.moe
-    if moe is None:
-        raise InputError('Experts can become one MLP in a model that has some; it is dense.')
+    assert moe is not None
     if not 1 <= num_experts <= moe.router.num_experts:
         raise InputError(
             f'num_experts must be in [1, {moe.router.num_experts}]; received {num_experts}.'
@@ -123,11 +139,6 @@ def _dense(
     width = dense_width(config, num_experts)
     moe = config.moe
     assert moe is not None
-    if moe.bias or moe.router.choice == 'soft':
-        raise InputError(
-            f'A dense MLP has no biases and mixes no tokens; received moe.bias={moe.bias} and '
-            f'moe.router.choice={moe.router.choice!r}.'
-        )
     weights = np.asarray(weights, np.float32)
     shape = (sum(config.moe_layers), moe.router.num_experts)
     if weights.shape != shape or weights.min() < 0 or not weights.sum(axis=1).all():

@@ -58,6 +58,15 @@ def merge_experts(
     return with_experts(config, params, routing, merged, shares.shape[1], experts_per_token)
 
 
+def require_one_group(moe: MoEConfig) -> None:
+    """Raises an `InputError` for a router with groups of experts, which merging would mix."""
+    if moe.router.num_groups > 1:
+        raise InputError(
+            'Merging knows no groups of experts; received '
+            f'router.num_groups={moe.router.num_groups}. Prune them instead.'
+        )
+
+
 def cluster_experts(
     features: Float[np.ndarray, 'layers E X'], num_clusters: int
 ) -> Int[np.ndarray, 'layers E']:
@@ -147,11 +156,7 @@ def _shares(
     config: TransformerConfig, moe: MoEConfig, clusters: np.ndarray, saliency: np.ndarray
 ) -> Float[np.ndarray, 'layers clusters E']:
     """Returns the share of each expert in each merged one; rows sum to 1."""
-    if moe.router.num_groups > 1:
-        raise InputError(
-            'Merging knows no groups of experts; received '
-            f'router.num_groups={moe.router.num_groups}. Prune them instead.'
-        )
+    require_one_group(moe)
     shape = (sum(config.moe_layers), moe.router.num_experts)
     if clusters.shape != shape or saliency.shape != shape or saliency.min() < 0:
         raise InputError(

@@ -58,8 +58,7 @@ def choose_width(
         InputError: where `target` is wider than `config` in one of these, has more query heads for
             each key-value head, or another attention or depth.
     """
-    _require_narrower('embed_dim', config.embed_dim, target.embed_dim)
-    _require_narrower('mlp_dim', config.mlp_dim, target.mlp_dim)
+    require_narrower(config, target)
     if config.num_layers != target.num_layers:
         raise InputError(
             f'choose_width needs models of one depth: {config.num_layers}; received '
@@ -176,6 +175,28 @@ def prune_depth(
     return target, params, join_layers(target, [biases[i] for i in keep], {})
 
 
+def require_narrower(config: TransformerConfig, target: TransformerConfig) -> None:
+    """Refuses a target that is wider than the source in its channels or hidden units."""
+    _require_at_most('embed_dim', config.embed_dim, target.embed_dim)
+    _require_at_most('mlp_dim', config.mlp_dim, target.mlp_dim)
+
+
+def require_fewer_heads(old: AttentionLike, new: AttentionLike) -> None:
+    """Refuses attention that differs in more than a smaller number of heads.
+
+    Raises:
+        InputError: for more key-value heads, more query heads for each, or another field.
+    """
+    if type(old) is not type(new) or _with_heads(new, old.num_heads, _kv_heads(old)) != old:
+        raise InputError(
+            f'Pruning changes the number of heads and nothing else of attention: the source has '
+            f'{old}, the target {new}.'
+        )
+    _require_at_most('attention.num_kv_heads', _kv_heads(old), _kv_heads(new))
+    counts = (kind.num_heads // _kv_heads(kind) for kind in (old, new))
+    _require_at_most('attention.num_heads / num_kv_heads', *counts)
+
+
 def _top(scores: Any, count: int) -> Indices:
     """Returns the indices of the `count` largest, ascending; of equal ones the first."""
     return np.sort(np.argsort(-np.asarray(scores), kind='stable')[:count])
@@ -183,15 +204,9 @@ def _top(scores: Any, count: int) -> Indices:
 
 def _top_heads(scores: Any, old: AttentionLike, new: AttentionLike) -> tuple[Indices, Indices]:
     """Returns the kept key-value heads, and the query heads of each in turn."""
-    if _with_heads(new, old.num_heads, _kv_heads(old)) != old:
-        raise InputError(
-            f'Pruning changes the number of heads and nothing else of attention: the source has '
-            f'{old}, the target {new}.'
-        )
+    require_fewer_heads(old, new)
     num_kv_heads, count = _kv_heads(new), new.num_heads // _kv_heads(new)
     by_group = np.asarray(scores).reshape(_kv_heads(old), -1)
-    _require_narrower('attention.num_kv_heads', len(by_group), num_kv_heads)
-    _require_narrower('attention.num_heads / num_kv_heads', by_group.shape[1], count)
     kv_heads = _top(by_group.sum(axis=1), num_kv_heads)
     queries = [kv * by_group.shape[1] + _top(by_group[kv], count) for kv in kv_heads]
     return kv_heads, np.concatenate(queries)
@@ -212,7 +227,7 @@ def _pattern(kinds: Sequence[AttentionLike]) -> AttentionLike | tuple[AttentionL
     return kinds[0] if len(set(kinds)) == 1 else tuple(kinds)
 
 
-def _require_narrower(name: str, most: int, asked: int) -> None:
+def _require_at_most(name: str, most: int, asked: int) -> None:
     if asked > most:
         raise InputError(f'Pruning can only narrow: {name} is {most}; received {asked}.')
 

@@ -14,7 +14,9 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from moe import surgery_checks as checks
 from moe import surgery_methods as methods
+from moe.centroids import input_centroids
 from moe.config import TransformerConfig
 from moe.densify import average_experts, concatenate_experts
 from moe.errors import InputError
@@ -44,10 +46,14 @@ __all__ = [
     'expert_saliency',
     'importance',
     'initialise',
+    'input_centroids',
     'merge_experts',
+    'method_options',
+    'needs_calibration',
     'prune_depth',
     'prune_experts',
     'prune_width',
+    'require_reachable',
     'upcycle',
     'weight_features',
 ]
@@ -64,6 +70,7 @@ EXECUTION = (
 )
 COMMON = ('source', 'variables', 'target', 'key', 'calibration')
 EXPERT_COUNTS = ('moe.router.num_experts', 'moe.router.experts_per_token')
+DENSE_FIELDS = ('moe', 'mlp_dim')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +80,23 @@ class Method:
     Attributes:
         build: `(source, variables, target, *, key, calibration, **options)` -> the config it
             reached, `params`, `routing`.
+        check: `(source, target, **options)` raises where the target cannot be reached.
         frees: the fields, by dotted name, in which the target may differ from the source.
-        needs_calibration: whether `calibration` may not be None.
+        measures: whether it needs a calibration batch.
     """
 
     build: Callable[..., methods.Built]
+    check: Callable[..., None]
     frees: tuple[str, ...] = ()
-    needs_calibration: bool = False
+    measures: bool = False
 
 
 METHODS: dict[str, Method] = {
-    'copy': Method(methods.copied),
-    'upcycle': Method(methods.upcycled, frees=('moe',)),
+    'copy': Method(methods.copied, checks.copied),
+    'upcycle': Method(methods.upcycled, checks.upcycled, frees=('moe',)),
     'prune': Method(
         methods.pruned,
+        checks.pruned,
         frees=(
             'embed_dim',
             'mlp_dim',
@@ -96,17 +106,78 @@ METHODS: dict[str, Method] = {
             'moe.first_dense_layers',
             'moe.layer_step',
         ),
-        needs_calibration=True,
+        measures=True,
     ),
-    'prune_experts': Method(methods.with_experts_pruned, EXPERT_COUNTS, needs_calibration=True),
-    'merge_experts': Method(methods.with_experts_merged, EXPERT_COUNTS, needs_calibration=True),
+    'prune_experts': Method(
+        methods.with_experts_pruned, checks.with_experts_pruned, EXPERT_COUNTS, measures=True
+    ),
+    'merge_experts': Method(
+        methods.with_experts_merged, checks.with_experts_merged, EXPERT_COUNTS, measures=True
+    ),
     'average_experts': Method(
-        methods.with_experts_averaged, ('moe', 'mlp_dim'), needs_calibration=True
+        methods.with_experts_averaged, checks.with_experts_averaged, DENSE_FIELDS, measures=True
     ),
     'concatenate_experts': Method(
-        methods.with_experts_concatenated, ('moe', 'mlp_dim'), needs_calibration=True
+        methods.with_experts_concatenated,
+        checks.with_experts_concatenated,
+        DENSE_FIELDS,
+        measures=True,
     ),
 }
+
+
+def method_options(method: str) -> dict[str, Any]:
+    """Returns the options of a method, with their defaults.
+
+    Raises:
+        InputError: for an unknown method.
+    """
+    if method not in METHODS:
+        raise InputError(f'The method must be one of {", ".join(METHODS)}; received {method!r}.')
+    parameters = list(inspect.signature(METHODS[method].build).parameters.values())
+    return {each.name: each.default for each in parameters[len(COMMON) :]}
+
+
+def needs_calibration(method: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether a method measures the source, which takes a calibration batch."""
+    return METHODS[method].measures or (options or {}).get('router') == 'centroids'
+
+
+def require_reachable(
+    method: str,
+    source: TransformerConfig,
+    target: TransformerConfig,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuses what a method cannot do, told from the configs alone.
+
+    Args:
+        method: a key of `METHODS`.
+        source: config of the model there is.
+        target: config of the model to be.
+        options: of the method; the others have their defaults.
+
+    Raises:
+        InputError: for an unknown method or option, and a target that differs from the source in a
+            field that the method keeps, or in a way that it cannot make; names the field, and the
+            methods that free it.
+    """
+    known = method_options(method)
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise InputError(
+            f'{method!r} takes the options {list(known) or "none"}; received {", ".join(unknown)}.'
+        )
+    for name, x, y in differing_fields(source, target):
+        if _is_among(name, (*METHODS[method].frees, *EXECUTION)):
+            continue
+        able = [other for other, spec in METHODS.items() if _is_among(name, spec.frees)]
+        others = f', or use {", ".join(able)}' if able else ''
+        raise InputError(
+            f"{method!r} keeps {name}: the source has {x!r}, the target {y!r}. Set the target's to "
+            f'the former{others}.'
+        )
+    METHODS[method].check(source, target, **known | dict(options or {}))
 
 
 def initialise(
@@ -128,34 +199,24 @@ def initialise(
         variables: its unboxed variables: `params`, and `routing` where it has selection biases.
         target: config of the model to be.
         key: for what is drawn at random: the router and the noise of 'upcycle'.
-        calibration: for methods that measure the source.
+        calibration: where the method measures the source, see `needs_calibration`.
         options: keyword arguments of the method beyond these.
 
     Returns:
         Variables in the structure and shapes of `Transformer(target).init`, in its `param_dtype`.
 
     Raises:
-        InputError: for an unknown method or option, a missing calibration batch, variables that
-            are not of `source`, and a target that differs from the source in a field that the
-            method keeps; the last names the field and the methods that free it.
+        InputError: as `require_reachable`; for a missing calibration batch, and for variables that
+            are not of `source`.
     """
-    if method not in METHODS:
-        raise InputError(f'The method must be one of {", ".join(METHODS)}; received {method!r}.')
-    chosen, options = METHODS[method], dict(options or {})
-    known = list(inspect.signature(chosen.build).parameters)[len(COMMON) :]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise InputError(
-            f'{method!r} takes the options {known or "none"}; received {", ".join(unknown)}.'
-        )
-    if chosen.needs_calibration and calibration is None:
+    require_reachable(method, source, target, options)
+    if needs_calibration(method, options) and calibration is None:
         raise InputError(
             f'{method!r} measures the source model: give it a calibration batch of its tokens.'
         )
-    _require_reachable(method, source, target)
     _require_variables('The source', source, variables)
-    built, params, routing = chosen.build(
-        source, variables, target, key=key, calibration=calibration, **options
+    built, params, routing = METHODS[method].build(
+        source, variables, target, key=key, calibration=calibration, **(options or {})
     )
     if built.moe_layers != target.moe_layers:
         raise InputError(
@@ -177,18 +238,6 @@ def differing_fields(a: Any, b: Any, prefix: str = '') -> Iterator[tuple[str, An
             yield from differing_fields(x, y, f'{name}.')
         elif x != y:
             yield name, x, y
-
-
-def _require_reachable(method: str, source: TransformerConfig, target: TransformerConfig) -> None:
-    for name, x, y in differing_fields(source, target):
-        if _is_among(name, (*METHODS[method].frees, *EXECUTION)):
-            continue
-        able = [other for other, spec in METHODS.items() if _is_among(name, spec.frees)]
-        others = f', or use {", ".join(able)}' if able else ''
-        raise InputError(
-            f"{method!r} keeps {name}: the source has {x!r}, the target {y!r}. Set the target's to "
-            f'the former{others}.'
-        )
 
 
 def _is_among(name: str, fields: tuple[str, ...]) -> bool:

@@ -1,28 +1,32 @@
 """The ways in which a source's variables can become a target's: one signature for all.
 
 Each takes `(source, variables, target, *, key, calibration, **options)` and returns the config that
-it reached, `params` and `routing`. `moe.surgery.initialise` checks what goes in and what comes out.
+it reached, `params` and `routing`. What it makes of a target is checked beforehand, on the configs
+alone, by `moe.surgery_checks`; what comes out by `moe.surgery.initialise`.
 """
 
 from typing import Literal
 
+import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from moe.config import RouterConfig, TransformerConfig
-from moe.densify import average_experts, concatenate_experts, dense_width
-from moe.errors import InputError
+from moe.centroids import input_centroids
+from moe.config import TransformerConfig
+from moe.densify import average_experts, concatenate_experts
 from moe.fewer_experts import best_experts, prune_experts
 from moe.importance import importance, of_layers
 from moe.merge import cluster_experts, merge_experts, weight_features
 from moe.observe import Calibration
 from moe.pruning import choose_layers, choose_width, prune_depth, prune_width
-from moe.saliency import ExpertSaliency, expert_saliency
+from moe.saliency import expert_saliency
+from moe.surgery_checks import concatenated_count
 from moe.transformer import Transformer
 from moe.unstacked import Tree
-from moe.upcycle import upcycle
+from moe.upcycle import slices_of, upcycle
 
 Built = tuple[TransformerConfig, Tree, Tree]
+Measure = Literal['frequency', 'weight', 'activation']
 
 
 def copied(
@@ -45,13 +49,32 @@ def upcycled(
     key: PRNGKeyArray,
     calibration: Calibration | None,
     noise: float = 0.0,
+    router: Literal['drawn', 'centroids'] = 'drawn',
     router_std: float = 0.02,
 ) -> Built:
-    """Makes the dense MLPs experts; see `moe.upcycle.upcycle`."""
-    if target.moe is None:
-        raise InputError("'upcycle' needs a target with experts; its moe is None.")
+    """Makes the dense MLPs experts; see `moe.upcycle.upcycle`.
+
+    The columns of a router are drawn, or are the centroids of what its layer reads; see
+    `moe.centroids.input_centroids`.
+    """
+    moe = target.moe
+    assert moe is not None
+    directions = None
+    if router == 'centroids':
+        assert calibration is not None
+        copies = moe.router.num_experts // slices_of(source.mlp_dim, moe)
+        found = input_centroids(
+            Transformer(source), variables, calibration, copies, key=jax.random.fold_in(key, -1)
+        )
+        directions = [found[int(i)] for i in np.flatnonzero(target.moe_layers)]
     return upcycle(
-        source, variables['params'], target.moe, key=key, noise=noise, router_std=router_std
+        source,
+        variables['params'],
+        moe,
+        key=key,
+        noise=noise,
+        router_std=router_std,
+        directions=directions,
     )
 
 
@@ -79,10 +102,11 @@ def with_experts_pruned(
     *,
     key: PRNGKeyArray,
     calibration: Calibration,
-    by: Literal['frequency', 'weight', 'activation'] = 'activation',
+    by: Measure = 'activation',
 ) -> Built:
     """Keeps the most salient experts; `by` names a field of `ExpertSaliency`."""
-    router = _fewer(target, source)
+    assert target.moe is not None
+    router = target.moe.router
     scores = _salience(source, variables, calibration, by)
     keep = best_experts(scores, router.num_experts, num_groups=router.num_groups)
     return prune_experts(
@@ -101,15 +125,15 @@ def with_experts_merged(
     *,
     key: PRNGKeyArray,
     calibration: Calibration,
-    by: Literal['frequency', 'weight', 'activation'] = 'frequency',
+    by: Measure = 'frequency',
     similarity: Literal['outputs', 'weights'] = 'outputs',
 ) -> Built:
     """Merges experts of similar outputs or weights; `by` names what weighs them in the mean."""
-    router = _fewer(target, source)
-    _require_choice('similarity', similarity, ('outputs', 'weights'))
+    assert target.moe is not None
+    router = target.moe.router
     params = variables['params']
     saliency = expert_saliency(Transformer(source), variables, calibration)
-    weights = _field(saliency, by)
+    weights = np.asarray(getattr(saliency, by))
     features = saliency.output if similarity == 'outputs' else weight_features(source, params)
     clusters = cluster_experts(np.asarray(features), router.num_experts)
     return merge_experts(
@@ -131,7 +155,6 @@ def with_experts_averaged(
     calibration: Calibration,
 ) -> Built:
     """Makes one MLP of each layer's experts, their mean by the weights tokens give them."""
-    _require_width(target, dense_width(source, 1))
     weights = _salience(source, variables, calibration, 'weight')
     return *average_experts(source, variables['params'], weights), {}
 
@@ -145,44 +168,12 @@ def with_experts_concatenated(
     calibration: Calibration,
 ) -> Built:
     """Lays as many of each layer's weightiest experts side by side as fill the target's MLP."""
-    shared, width = (source.moe.shared_dim, source.moe.expert_dim) if source.moe else (0, 1)
-    count = max(1, (target.mlp_dim - shared) // width)
-    _require_width(target, dense_width(source, count))
     weights = _salience(source, variables, calibration, 'weight')
+    count = concatenated_count(source, target)
     return *concatenate_experts(source, variables['params'], weights, count), {}
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f'{name} must be one of {", ".join(choices)}; received {value!r}.')
-
-
-def _require_width(target: TransformerConfig, width: int) -> None:
-    if target.moe is not None or target.mlp_dim != width:
-        raise InputError(
-            f'These experts make a dense model of mlp_dim={width}; the target has '
-            f'mlp_dim={target.mlp_dim} and moe={target.moe}. Set them so.'
-        )
-
-
-def _fewer(target: TransformerConfig, source: TransformerConfig) -> RouterConfig:
-    """Returns the target's router, of no more experts than the source's."""
-    if source.moe is None or target.moe is None:
-        raise InputError('Experts can be pruned or merged in a model that has some; it is dense.')
-    most, asked = source.moe.router.num_experts, target.moe.router.num_experts
-    if asked > most:
-        raise InputError(
-            f'moe.router.num_experts must be at most the {most} of the source; received {asked}.'
-        )
-    return target.moe.router
 
 
 def _salience(
     source: TransformerConfig, variables: Tree, calibration: Calibration, by: str
 ) -> np.ndarray:
-    return _field(expert_saliency(Transformer(source), variables, calibration), by)
-
-
-def _field(saliency: ExpertSaliency, by: str) -> np.ndarray:
-    _require_choice('by', by, ('frequency', 'weight', 'activation'))
-    return np.asarray(getattr(saliency, by))
+    return np.asarray(getattr(expert_saliency(Transformer(source), variables, calibration), by))

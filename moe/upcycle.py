@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ def upcycle(
     key: PRNGKeyArray,
     noise: float = 0.0,
     router_std: float = 0.02,
+    directions: Sequence[Float[Array, 'C D']] | None = None,
 ) -> tuple[TransformerConfig, Tree, Tree]:
     """Turns the MLPs of a dense model into experts; without noise the logits stay the same.
 
@@ -50,6 +52,8 @@ def upcycle(
         noise: standard deviation of Gaussian noise on the routed experts, relative to that of each
             weight; breaks the symmetry of the copies, and the equality.
         router_std: of the router's weights; 0 gives all experts the same score, always.
+        directions: for each MoE layer the directions of its router's columns, of unit length, such
+            as `moe.centroids.input_centroids`; None draws them.
 
     Returns:
         The new config, `params` in its layout, and the `routing` collection (zero biases).
@@ -60,6 +64,39 @@ def upcycle(
 
     Source: sparse upcycling, arXiv 2212.05055; virtual groups and weight scaling, arXiv 2410.07524.
         There all weights share the scaling; here `down` alone bears it.
+    """
+    granularity, received = require_upcyclable(config, moe, noise=noise, router_std=router_std)
+    target = dataclasses.replace(config, moe=moe)
+    # Biases, where the spec has any, start at zero.
+    shell = abstract_variables(Transformer(unrolled(target)))
+    layers, rest = split_layers(config, params)
+    for n, i in enumerate(np.flatnonzero(target.moe_layers)):
+        router_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+        zeros = _zeros(shell['params'][f'layer_{i}']['moe'])
+        if directions is None:
+            shape = (config.embed_dim, moe.router.num_experts // granularity)
+            columns = jax.random.normal(router_key, shape)
+        else:
+            columns = config.embed_dim**0.5 * directions[n].T
+        router = _router(zeros['router'], granularity, router_std * columns)
+        experts = _experts(layers[i]['mlp'], moe, granularity, received)
+        experts = {**zeros, **experts, **_noisy(experts, noise_key, noise), 'router': router}
+        kept = {name: value for name, value in layers[i].items() if name != 'mlp'}
+        layers[i] = {**kept, 'moe': experts}
+    routing = relaid(unrolled(target), target, _zeros(shell.get('routing', {})))
+    return target, join_layers(target, layers, rest), routing
+
+
+def require_upcyclable(
+    config: TransformerConfig, moe: MoEConfig, *, noise: float, router_std: float
+) -> tuple[int, float]:
+    """Refuses what `upcycle` cannot make equal to the dense model.
+
+    Returns:
+        The slices of one MLP, and the weight that each receives.
+
+    Raises:
+        InputError: as `upcycle`.
     """
     if config.moe is not None:
         raise InputError(
@@ -79,20 +116,7 @@ def upcycle(
     received = received_weight(moe.router, granularity, tied=router_std == 0)
     if received is None:
         raise InputError(_refusal(moe.router, granularity, router_std))
-    target = dataclasses.replace(config, moe=moe)
-    # Biases, where the spec has any, start at zero.
-    shell = abstract_variables(Transformer(unrolled(target)))
-    layers, rest = split_layers(config, params)
-    for i in np.flatnonzero(target.moe_layers):
-        router_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-        zeros = _zeros(shell['params'][f'layer_{i}']['moe'])
-        router = _router(zeros['router'], granularity, router_key, router_std)
-        experts = _experts(layers[i]['mlp'], moe, granularity, received)
-        experts = {**zeros, **experts, **_noisy(experts, noise_key, noise), 'router': router}
-        kept = {name: value for name, value in layers[i].items() if name != 'mlp'}
-        layers[i] = {**kept, 'moe': experts}
-    routing = relaid(unrolled(target), target, _zeros(shell.get('routing', {})))
-    return target, join_layers(target, layers, rest), routing
+    return granularity, received
 
 
 def slices_of(mlp_dim: int, moe: MoEConfig) -> int:
@@ -202,10 +226,8 @@ def _with_noise(x: Float[Array, '...'], key: PRNGKeyArray, noise: float) -> Floa
     return (wide + noise * wide.std() * jax.random.normal(key, x.shape)).astype(x.dtype)
 
 
-def _router(zeros: Tree, slices: int, key: PRNGKeyArray, std: float) -> Tree:
-    """Draws one column for each virtual group."""
-    dim, experts = zeros['kernel'].shape
-    columns = std * jax.random.normal(key, (dim, experts // slices))
+def _router(zeros: Tree, slices: int, columns: Float[Array, 'D C']) -> Tree:
+    """Gives the experts of each virtual group one column."""
     kernel = jnp.repeat(columns, slices, axis=1).astype(zeros['kernel'].dtype)
     return {**zeros, 'kernel': kernel}
 

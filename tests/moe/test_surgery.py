@@ -12,7 +12,7 @@ from moe.config import AttentionConfig, MoEConfig, TransformerConfig
 from moe.errors import InputError
 from moe.routing import RouterConfig
 from moe.sharding import abstract_variables
-from moe.surgery import METHODS, Calibration, initialise
+from moe.surgery import METHODS, Calibration, initialise, require_reachable
 from moe.transformer import Transformer
 
 KEY = jax.random.key(3)
@@ -91,7 +91,7 @@ REFUSED = {
     'unknown option': (
         ('upcycle', DENSE, SPARSE),
         {'nose': 1},
-        r"options \['noise', 'router_std'\]",
+        r"options \['noise', 'router', 'router_std'\]",
     ),
     'another vocabulary': (
         ('upcycle', DENSE, dataclasses.replace(SPARSE, vocab_size=23)),
@@ -121,21 +121,54 @@ REFUSED = {
         {},
         'number of heads and nothing else',
     ),
+    'more layers': (
+        ('prune', DENSE, dataclasses.replace(DENSE, num_layers=4)),
+        {},
+        'num_layers is 3; received 4',
+    ),
+    'more channels': (
+        ('prune', DENSE, dataclasses.replace(DENSE, embed_dim=10)),
+        {},
+        'embed_dim is 8; received 10',
+    ),
+    'more heads': (
+        ('prune', DENSE, dataclasses.replace(DENSE, attention=AttentionConfig(8, 4, 4))),
+        {},
+        r'attention\.num_kv_heads is 2; received 4',
+    ),
     'an unknown measure': (('prune_experts', SPARSE, SPARSE), {'by': 'luck'}, 'by must be one of'),
+    'an unknown similarity': (
+        ('merge_experts', SPARSE, SPARSE),
+        {'similarity': 'looks'},
+        'similarity must be one of',
+    ),
+    'an unknown router': (('upcycle', DENSE, SPARSE), {'router': 'zeros'}, 'router must be one of'),
+    'noise below zero': (('upcycle', DENSE, SPARSE), {'noise': -1.0}, 'must be zero or more'),
 }
 
 
 @pytest.mark.parametrize('case', REFUSED)
 def test_what_cannot_be_reached_is_refused_by_name(case):
     (method, source, target), options, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        require_reachable(method, source, target, options)
     settings = {'key': KEY, 'calibration': BATCH, 'options': options}
     with pytest.raises(InputError, match=message):
         initialise(method, source, SOURCES[source], target, **settings)
 
 
+@pytest.mark.parametrize('method', CASES)
+def test_what_can_be_reached_is_let_through_by_the_configs_alone(method):
+    source, target, options = CASES[method]
+    require_reachable(method, source, target, options)
+
+
 def test_a_measuring_method_needs_a_batch_and_the_sources_own_variables():
     with pytest.raises(InputError, match='calibration batch'):
         initialise('prune', DENSE, SOURCES[DENSE], NARROW, key=KEY)
+    centroids = {'router': 'centroids'}
+    with pytest.raises(InputError, match='calibration batch'):
+        initialise('upcycle', DENSE, SOURCES[DENSE], SPARSE, key=KEY, options=centroids)
     wrong = jax.tree.map(lambda x: x, SOURCES[DENSE])
     wrong['params']['head']['kernel'] = jnp.zeros((8, 20))
     with pytest.raises(InputError, match=r'params/head/kernel has shape \(8, 19\) there'):
