@@ -129,6 +129,23 @@ def training(steps: int) -> ml_collections.ConfigDict:
     )
 
 
+def init() -> ml_collections.ConfigDict:
+    """Fields of experiments.init_config.InitConfig; what is None stays at the method's default."""
+    return ml_collections.ConfigDict(
+        dict(
+            method='random',  # or one of moe.surgery.METHODS
+            source='teacher',  # what those start from: the study's own, or 'checkpoint'
+            checkpoint=config_dict.placeholder(str),  # a stage's folder in another workdir
+            calibration_rows=32,  # of seq_len tokens of the train split
+            noise=config_dict.placeholder(float),  # of 'upcycle', as are the next two
+            router=config_dict.placeholder(str),  # 'drawn' or 'centroids'
+            router_std=config_dict.placeholder(float),
+            by=config_dict.placeholder(str),  # 'frequency', 'weight' or 'activation'
+            similarity=config_dict.placeholder(str),  # 'outputs' or 'weights'
+        )
+    )
+
+
 def term(name: str, **fields: float | str | bool) -> ml_collections.ConfigDict:
     """One term of an objective; `name` is a divergence, fields are those of distill.Term."""
     term = ml_collections.ConfigDict(
@@ -171,6 +188,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.student = dict(
         model=model(),
+        init=init(),
         optimizer=optimizer(),
         train=training(steps=400),
         balance=dict(

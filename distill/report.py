@@ -15,7 +15,15 @@ from distill import pictures
 from distill.metrics import format_duration, format_quantity
 from distill.page import PAGE
 from distill.summary import validate_summary
-from distill.tables import NOT_MEASURED, Cell, headline, measured_models, percent, table_rows
+from distill.tables import (
+    NOT_MEASURED,
+    Cell,
+    headline,
+    measured_models,
+    percent,
+    student_start,
+    table_rows,
+)
 
 Summary = Mapping[str, Any]
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -174,7 +182,8 @@ def _model_table(summary: Summary) -> str:
         unit = f'<small>{escape(row.unit)}</small>' if row.unit else ''
         cells = ''.join(map(_cell, row.cells))
         rows.append(f'<tr><th scope="row">{escape(row.label)}{unit}</th>{cells}</tr>')
-    note = '<p class="note">Small figures are 95 % bootstrap intervals over held-out documents.</p>'
+    text = 'Small figures are 95 % bootstrap intervals over held-out documents.'
+    note = f'<p class="note">{escape(" ".join([text, student_start(summary)]).strip())}</p>'
     return _table(f'<th></th>{head}', rows) + note
 
 

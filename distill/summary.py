@@ -158,6 +158,10 @@ _EXPERTS = _record(
     {'gini': _number, 'max_violation_batch': _number, 'confidence': _number},
 )
 _STAGE = _record({'seconds': _number}, {'steps': _count, 'tokens': _count})
+_START = _record(
+    {'method': _text},
+    {'source': _text, 'source_sha256': _text, 'options': _object, 'calibration_tokens': _count},
+)
 _SUMMARY = _record(
     {
         'schema': _one,
@@ -169,5 +173,10 @@ _SUMMARY = _record(
         'stages': _entries(_STAGE),
         'models': _record({}, dict.fromkeys(MODELS, _MODEL)),
     },
-    {'git_commit': _text, 'comparison': _COMPARISON, 'experts': _each(_EXPERTS)},
+    {
+        'git_commit': _text,
+        'student_start': _START,
+        'comparison': _COMPARISON,
+        'experts': _each(_EXPERTS),
+    },
 )

@@ -179,6 +179,30 @@ def _verdict(gain: Mapping[str, float] | None) -> str:
     )
 
 
+def student_start(summary: Summary) -> str:
+    """Says in one sentence what student and control started from.
+
+    Args:
+        summary: of the schema of `summary.json`.
+
+    Returns:
+        A sentence, plain text; '' where the summary does not say.
+    """
+    start = summary.get('student_start')
+    if start is None:
+        return ''
+    if start['method'] == 'random':
+        return 'Student and control start at random.'
+    options = [f'{name}={value}' for name, value in start.get('options', {}).items()]
+    measured = start.get('calibration_tokens')
+    if measured is not None:
+        options.append(f'measured on {format_quantity(measured)} tokens of the train split')
+    return (
+        f'Student and control start from the {start["source"]}, by {start["method"]!r}'
+        f'{" (" + ", ".join(options) + ")" if options else ""}.'
+    )
+
+
 def terminal_table(summary: Summary) -> str:
     """Renders the table of models as aligned plain text.
 
@@ -205,4 +229,5 @@ def terminal_table(summary: Summary) -> str:
         text.append(f'{NOT_MEASURED} not measured')
     if any('[' in cell for line in body for cell in line):
         text.append('[ ] 95 % bootstrap interval over held-out documents')
+    text.extend(filter(None, [student_start(summary)]))
     return '\n'.join(text)

@@ -15,6 +15,7 @@ from distill.corpus import TokenCorpus, load_or_tokenize
 from distill.data import DataConfig, EvaluationSet, TrainPipeline, evaluation_rows
 from distill.sources import Document, read_documents, split_documents
 from distill.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_or_load
+from distill.types import Batch
 from experiments.fit import require_fit
 from experiments.identity import model_identity
 from experiments.signals import StopSignal
@@ -75,6 +76,12 @@ class Context:
             )
         return split_documents(documents, data.held_out_fraction, self.study.seed)
 
+    @property
+    def teacher_folder(self) -> pathlib.Path:
+        """The stage that made the teacher, of this study or of another."""
+        checkpoint = self.study.teacher.checkpoint
+        return self.workdir.path / 'teacher' if checkpoint is None else pathlib.Path(checkpoint)
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The teacher checkpoint's; else the bytes, or a BPE trained once on the train split."""
@@ -113,6 +120,11 @@ class Context:
             process_index=index,
             process_count=count,
         )
+
+    def training_rows(self, count: int) -> Batch:
+        """The first rows of the train split in the study's order, whole on every process."""
+        data = self.study.data
+        return next(TrainPipeline(self.corpus, DataConfig(data.seq_len, count, self.study.seed)))
 
     def identity(self, config: TransformerConfig) -> dict[str, Any]:
         """What a checkpoint of a model must agree with to be used here."""

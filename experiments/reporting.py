@@ -11,7 +11,7 @@ from distill.report import write_report
 from distill.tables import headline, terminal_table
 from experiments.context import Context
 
-_UNITS = {
+UNITS = {
     'bits_per_byte': 'bits/byte',
     'cross_entropy': 'nats/token',
     'accuracy': 'share',
@@ -34,7 +34,7 @@ def write_study_report(context: Context) -> None:
     page = write_report(
         context.workdir.path,
         summary,
-        {name: _curve(context.workdir.path / name) for name in _TRAINED},
+        {name: read_curve(context.workdir.path / name) for name in _TRAINED},
         evaluation['samples'],
         expert_load=np.array(evaluation['load']),
     )
@@ -50,7 +50,7 @@ def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Gives the table as rows of figures; the reference of each is the teacher's."""
     rows = []
     for model in summary['models']:
-        for name, unit in _UNITS.items():
+        for name, unit in UNITS.items():
             value, reference = (
                 _number(summary['models'][who].get(name)) for who in (model, 'teacher')
             )
@@ -81,13 +81,14 @@ def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
             for name, result in stages.items()
             if result is not None
         },
+        'student_start': (stages['student'] or {}).get('start', {'method': 'random'}),
         'models': evaluation['models'],
         'comparison': evaluation['comparison'],
         'experts': evaluation['experts'],
     }
 
 
-def _curve(folder: pathlib.Path) -> list[dict[str, Any]]:
+def read_curve(folder: pathlib.Path) -> list[dict[str, Any]]:
     file = folder / 'metrics.jsonl'
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 

@@ -17,8 +17,13 @@ def record_seen(folder: pathlib.Path, documents: Sequence[Document]) -> None:
     write_json(folder / _FILE, {'sha256': sorted(_hashes(documents))})
 
 
-def refuse_seen(folder: pathlib.Path, held_out: Sequence[Document]) -> None:
+def refuse_seen(folder: pathlib.Path, held_out: Sequence[Document], *, key: str) -> None:
     """Refuses to hold out what a model in `folder` was trained on.
+
+    Args:
+        folder: of the stage that trained it.
+        held_out: documents.
+        key: of the config that names the folder.
 
     Raises:
         InputError: where the folder has no record, or held-out documents are on it.
@@ -27,7 +32,7 @@ def refuse_seen(folder: pathlib.Path, held_out: Sequence[Document]) -> None:
     if not file.exists():
         raise InputError(
             f'{folder} must be a stage that a launch has trained, with its {_FILE}; there is none. '
-            "Give config.teacher.checkpoint the stage's folder, such as runs/quickstart/teacher."
+            f"Give {key} the stage's folder, such as runs/quickstart/teacher."
         )
     seen = _hashes(held_out) & set(read_json(file)['sha256'])
     if seen:

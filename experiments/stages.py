@@ -1,7 +1,7 @@
 """The stages of a study, in order: each leaves a result, and is skipped where it is complete."""
 
 import dataclasses
-import pathlib
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -18,12 +18,13 @@ from distill.step import Recipe
 from distill.teacher import OnlineTeacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
+from experiments.initial import initial_variables, require_source, started_from
 from experiments.reporting import write_study_report
 from experiments.seen import record_seen, refuse_seen
 from experiments.training import Run, load_model, model_sha256, train_model
 from moe.config import TransformerConfig
 from moe.errors import InputError
-from moe.sharding import logical_axes, variable_shardings
+from moe.sharding import init_sharded, logical_axes, variable_shardings
 from moe.transformer import Transformer
 
 # Student and control start from the same parameters, the teacher from others.
@@ -71,12 +72,15 @@ def require_stages(names: tuple[str, ...]) -> None:
 def teacher(context: Context) -> dict[str, Any]:
     """Trains the teacher on the text, or checks that its checkpoint can be used."""
     config = context.study.teacher
+    require_source(context)
     if config.source == 'checkpoint':
         load_teacher(context)
         return {}
     objective = Objective((Term('cross_entropy'),))
     recipe = _recipe(context, config.model, objective, config.optimizer, config.train)
-    return _train(context, 'teacher', recipe, key=_TEACHER_KEY)
+    key = _key(context, _TEACHER_KEY)
+    initial = functools.partial(init_sharded, recipe.model, key, context.mesh)
+    return _train(context, 'teacher', recipe, initial)
 
 
 def student(context: Context) -> dict[str, Any]:
@@ -97,15 +101,18 @@ def student(context: Context) -> dict[str, Any]:
         context,
         'student',
         recipe,
-        key=_STUDENT_KEY,
+        functools.partial(initial_variables, context, _key(context, _STUDENT_KEY)),
+        start=started_from(context),
         teacher=variables,
-        taught_by=model_sha256(_teacher_folder(context) / 'model'),
+        taught_by=model_sha256(context.teacher_folder / 'model'),
     )
 
 
 def control(context: Context) -> dict[str, Any]:
     """Trains the student's twin on the same batches, from the same start, without a teacher."""
     config = context.study.student
+    if not config.init.is_random and config.init.source == 'teacher':
+        context.workdir.require_result('teacher', wanted_by='control')
     recipe = _recipe(
         context,
         config.model,
@@ -114,7 +121,13 @@ def control(context: Context) -> dict[str, Any]:
         config.train,
         balance=config.balance,
     )
-    return _train(context, 'control', recipe, key=_STUDENT_KEY)
+    return _train(
+        context,
+        'control',
+        recipe,
+        functools.partial(initial_variables, context, _key(context, _STUDENT_KEY)),
+        start=started_from(context),
+    )
 
 
 def evaluate(context: Context) -> dict[str, Any]:
@@ -149,9 +162,9 @@ def load_teacher(context: Context) -> tuple[Transformer, Any]:
     """Loads the frozen teacher in its own dtype, each array on the devices that hold it."""
     config = context.study.teacher
     trained = context.model(config.model)
-    folder = _teacher_folder(context)
+    folder = context.teacher_folder
     if config.checkpoint is not None:
-        refuse_seen(folder, context.split[1])
+        refuse_seen(folder, context.split[1], key='config.teacher.checkpoint')
     variables = load_model(
         folder / 'model', trained, context.mesh, context.identity(trained.config)
     )
@@ -162,12 +175,6 @@ def load_teacher(context: Context) -> tuple[Transformer, Any]:
         out_shardings=variable_shardings(model, context.mesh)['params'],
     )
     return model, variables | {'params': cast(variables['params'])}
-
-
-def _teacher_folder(context: Context) -> pathlib.Path:
-    """The stage that made the teacher, of this study or of another."""
-    checkpoint = context.study.teacher.checkpoint
-    return context.workdir.path / 'teacher' if checkpoint is None else pathlib.Path(checkpoint)
 
 
 def _recipe(
@@ -191,11 +198,23 @@ def _train(
     context: Context,
     stage: str,
     recipe: Recipe,
+    initial: Callable[[], Any],
     *,
-    key: int,
+    start: dict[str, Any] | None = None,
     teacher: Any = None,
     taught_by: str | None = None,
 ) -> dict[str, Any]:
+    """Trains from the variables that `initial` makes, unless there is a checkpoint to go on from.
+
+    Args:
+        context: of the study.
+        stage: the name of its folder.
+        recipe: of one update.
+        initial: makes the variables, placed.
+        start: describes how they are made, where they need not be random.
+        teacher: variables of the frozen teacher.
+        taught_by: its checksum.
+    """
     data = context.study.data
     # Bad text is found out before the folder becomes this study's.
     pipeline = context.pipeline()
@@ -205,13 +224,18 @@ def _train(
         recipe=recipe,
         mesh=context.mesh,
         teacher={} if teacher is None else teacher,
-        key=jax.random.fold_in(jax.random.key(context.study.seed), key),
-        identity=context.identity(recipe.model.config) | {'teacher': taught_by},
+        initial=initial,
+        identity=context.identity(recipe.model.config) | {'teacher': taught_by, 'start': start},
         tokens_per_step=data.batch_size * data.seq_len,
     )
     if distributed.is_writer():
         record_seen(run.folder, context.split[0])
-    return train_model(run, pipeline, context.stop)
+    return train_model(run, pipeline, context.stop) | ({} if start is None else {'start': start})
+
+
+def _key(context: Context, number: int) -> jax.Array:
+    """A key of the study's own."""
+    return jax.random.fold_in(jax.random.key(context.study.seed), number)
 
 
 def _load(context: Context, stage: str, model: Transformer) -> Any:

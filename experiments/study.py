@@ -13,6 +13,7 @@ from distill.optimizer import OptimizerConfig, learning_rate_schedule
 from distill.schedules import Schedule
 from distill.tokenizer import ByteTokenizer
 from experiments.build import build
+from experiments.init_config import InitConfig
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
 from moe.routing import require_causal
@@ -102,6 +103,7 @@ class StudentConfig:
     """A student and how it is taught; `terms` are its objective's, under names of one's own."""
 
     model: TransformerConfig
+    init: InitConfig
     optimizer: OptimizerConfig
     train: TrainConfig
     balance: BalanceConfig
@@ -213,6 +215,10 @@ class StudyConfig:
                 f'a divisor of data.batch_size={self.data.batch_size}',
                 train.micro_batches,
             )
+        # What a checkpoint holds is found out when there is a mesh and text to ask it with.
+        init = self.student.init
+        if not init.is_random and init.source == 'teacher':
+            init.require_reachable(self.teacher.model, self.student.model)
 
 
 def build_study(config: ml_collections.ConfigDict) -> StudyConfig:

@@ -21,7 +21,7 @@ from experiments.signals import StopSignal
 from experiments.watch import Watch
 from experiments.workdir import flatten
 from moe.errors import InputError
-from moe.sharding import abstract_variables, batch_sharding, init_sharded, variable_shardings
+from moe.sharding import abstract_variables, batch_sharding, variable_shardings
 from moe.transformer import Transformer
 
 CompiledStep = Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
@@ -37,7 +37,7 @@ class Run:
         recipe: of one update.
         mesh: of all devices.
         teacher: variables of the frozen teacher, placed; {} where there is none.
-        key: of the initial parameters.
+        initial: makes the variables that the run starts from, placed; the same whenever called.
         identity: what a checkpoint must have been made with for the run to go on from it.
         tokens_per_step: of a batch, padding included.
     """
@@ -47,7 +47,7 @@ class Run:
     recipe: Recipe
     mesh: Mesh
     teacher: Any
-    key: jax.Array
+    initial: Callable[[], Any]
     identity: dict[str, Any]
     tokens_per_step: int
 
@@ -171,8 +171,7 @@ def _start(
     """Returns the state to go on from and the seconds behind it; sets the pipeline's position."""
     initial = functools.partial(initial_state, run.recipe)
     if not complete_steps(manager.directory):
-        variables = init_sharded(run.recipe.model, run.key, run.mesh)
-        return jax.jit(initial, out_shardings=shardings)(variables), 0.0
+        return jax.jit(initial, out_shardings=shardings)(run.initial()), 0.0
     shapes = jax.eval_shape(initial, abstract_variables(run.recipe.model))
     state, position, metadata, _ = manager.restore(_abstract(shapes, shardings))
     require_identity(metadata['identity'], run.identity, manager.directory)

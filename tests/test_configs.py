@@ -16,6 +16,7 @@ from configs import base
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Term
 from distill.optimizer import OptimizerConfig
+from experiments.init_config import InitConfig
 from experiments.study import (
     ControlConfig,
     EvaluateConfig,
@@ -65,6 +66,7 @@ PARTS = {
     'mesh': MeshConfig,
     'teacher': TeacherConfig,
     'student': StudentConfig,
+    'student.init': InitConfig,
     'student.balance': BalanceConfig,
     'student.terms.kl': Term,
     'student.terms.ce': Term,

@@ -13,11 +13,11 @@ def documents(*texts: str) -> list[Document]:
 
 def test_unseen_text_may_be_held_out_under_any_name(tmp_path):
     record_seen(tmp_path, documents('a', 'b', 'c'))
-    refuse_seen(tmp_path, documents('d', 'e'))
+    refuse_seen(tmp_path, documents('d', 'e'), key='config.a')
     with pytest.raises(InputError, match=r'2 of 3 held-out documents were training text'):
-        refuse_seen(tmp_path, documents('c', 'd', 'a'))
+        refuse_seen(tmp_path, documents('c', 'd', 'a'), key='config.a')
 
 
 def test_a_folder_without_a_record_is_no_teacher(tmp_path):
     with pytest.raises(InputError, match=r'documents\.json; there is none'):
-        refuse_seen(tmp_path, documents('a'))
+        refuse_seen(tmp_path, documents('a'), key='config.a')

@@ -50,6 +50,7 @@ WITHOUT_BIAS = {
     'student__model__moe__router__selection_bias': False,
     'student__balance__selection_bias_rate': 0.0,
 }
+UPCYCLED = {'student__init__method': 'upcycle'}
 DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0.0}
 
 
@@ -101,6 +102,26 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
             {'teacher__model__moe': moe(selection_bias=True)},
             'In config.teacher: model.moe.router.selection_bias must be False',
         ),
+        ({'student__init__method': 'melt'}, 'init.method must be one of random, copy, upcycle'),
+        ({'student__init__noise': 0.1}, "init.noise is nothing that method='random' reads"),
+        (UPCYCLED | {'student__init__by': 'weight'}, 'it takes noise, router, router_std'),
+        (UPCYCLED | {'student__init__router': 'zeros'}, "init.router must be one of 'drawn'"),
+        (UPCYCLED | {'student__init__noise': -1.0}, 'noise and router_std must be zero or more'),
+        ({'student__init__source': 'checkpoint'}, "goes with source='checkpoint'"),
+        (
+            {'student__init__source': 'checkpoint', 'student__init__checkpoint': 'runs/a/teacher'},
+            "init.checkpoint is nothing that method='random' reads",
+        ),
+        ({'student__init__calibration_rows': 0}, 'init.calibration_rows must be positive'),
+        (
+            UPCYCLED | {'student__model__embed_dim': 32},
+            "'upcycle' keeps embed_dim: the source has 16, the target 32",
+        ),
+        (
+            UPCYCLED | {'student__model__moe__router__experts_per_token': 1},
+            'The nearest that can: moe.router.experts_per_token=2.',
+        ),
+        (UPCYCLED | {'student__model__moe__expert_dim': 12}, 'received 12. Choose an expert_dim'),
         (DENSE | {'student__balance__load_balance_weight': 0.1}, 'load_balance_weight=0.1 needs'),
         (DENSE | {'student__balance__router_z_weight': 0.1}, 'router_z_weight=0.1 needs routers'),
     ],
