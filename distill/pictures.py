@@ -48,7 +48,7 @@ def learning_curves(
     Returns:
         The figure.
     """
-    figure, (axes,) = _figure(1, height=3.6)
+    figure, (axes,) = panels(1, height=3.6)
     ends = []
     for name, rows in curves.items():
         points = [(r[x], r[y]) for r in rows if r.get(x) is not None and r.get(y) is not None]
@@ -56,7 +56,7 @@ def learning_curves(
             continue
         xs, ys = np.array(points, np.float64).T
         color = COLORS.get(name, _INK)
-        smooth = _moving_average(ys)
+        smooth = moving_average(ys)
         if smooth is not ys:
             axes.plot(xs, ys, color=color, linewidth=0.7, alpha=0.28)
         axes.plot(xs, smooth, color=color, linewidth=2, solid_capstyle='round')
@@ -65,7 +65,7 @@ def learning_curves(
     axes.set_xlabel(_LABELS.get(x, x))
     axes.set_ylabel(_LABELS.get(y, y))
     axes.xaxis.set_major_formatter(EngFormatter(sep=''))
-    _name_ends(axes, ends)
+    name_ends(axes, ends)
     return figure
 
 
@@ -81,14 +81,14 @@ def cost_quality(summary: Mapping[str, Any]) -> Figure:
     models = {name: summary['models'][name] for name in measured_models(summary)}
     flops = _priced(models, lambda model: model.get('flops_per_token'))
     usd = _priced(models, lambda model: model.get('usd_per_million_tokens', {}).get('value'))
-    panels: list[tuple[dict[str, float], str, Formatter]] = [
+    charts: list[tuple[dict[str, float], str, Formatter]] = [
         (flops, 'FLOPs per token', EngFormatter(sep=''))
     ]
     if usd:
         price = FuncFormatter(lambda value, _: f'${value:.12f}'.rstrip('0').rstrip('.'))
-        panels.append((usd, 'Dollars per million tokens', price))
-    figure, all_axes = _figure(len(panels), height=3.6, sharey=True)
-    for axes, (costs, label, form) in zip(all_axes, panels, strict=True):
+        charts.append((usd, 'Dollars per million tokens', price))
+    figure, all_axes = panels(len(charts), height=3.6, sharey=True)
+    for axes, (costs, label, form) in zip(all_axes, charts, strict=True):
         for name, cost in costs.items():
             _point(axes, cost, models[name]['bits_per_byte'], name)
         axes.set_xlabel(f'{label} (log scale)')
@@ -113,7 +113,7 @@ def expert_load(
     load = np.asarray(load, np.float64)
     relative = load / np.maximum(load.mean(1, keepdims=True), 1e-12)
     rows, experts = load.shape
-    figure, (axes,) = _figure(1, height=min(6.0, 1.5 + 0.42 * rows))
+    figure, (axes,) = panels(1, height=min(6.0, 1.5 + 0.42 * rows))
     highest = max(2.0, float(relative.max()))
     image = axes.imshow(relative, cmap='YlGnBu', vmin=0, vmax=highest, aspect='auto')
     axes.set_yticks(range(rows), [str(i) for i in (range(rows) if layers is None else layers)])
@@ -143,11 +143,11 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(panels: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+def panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """Makes a figure of panels side by side with a quiet frame: no box, a faint horizontal grid."""
     figure = Figure(figsize=(7.2, height), layout='constrained', facecolor='white')
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, panels, sharey=sharey, squeeze=False)[0]
+    all_axes = figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
     for axes in all_axes:
         axes.spines[['top', 'right', 'left']].set_visible(False)
         axes.spines['bottom'].set_color(_FAINT)
@@ -159,7 +159,7 @@ def _figure(panels: int, *, height: float, sharey: bool = False) -> tuple[Figure
     return figure, list(all_axes)
 
 
-def _moving_average(values: np.ndarray) -> np.ndarray:
+def moving_average(values: np.ndarray) -> np.ndarray:
     """Averages about a twentieth of the curve around each point, less towards either end."""
     if len(values) <= 40:
         return values
@@ -169,7 +169,7 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
-def _name_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
+def name_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
     """Writes each curve's name right of its end, pushed apart where names would overlap."""
     if not ends:
         return

@@ -26,6 +26,7 @@ from experiments.study import (
     TextConfig,
     build_study,
 )
+from experiments.sweep_config import build_runs
 from moe.accounting import flops_per_token, parameter_report
 from moe.config import AttentionConfig, Llama3Scaling, MoEConfig, RouterConfig, TransformerConfig
 from moe.sharding import MeshConfig, abstract_variables
@@ -46,14 +47,21 @@ def load(path: pathlib.Path) -> types.ModuleType:
     return module
 
 
+def studies(path: pathlib.Path) -> list[ml_collections.ConfigDict]:
+    """The studies that a config file describes: itself, or every run of a sweep."""
+    config = load(path).get_config()
+    return [run.config for run in build_runs(config)] if 'study' in config else [config]
+
+
 def test_there_is_a_quickstart():
     assert 'quickstart.py' in [path.name for path in STUDIES]
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
 def test_is_a_study_whose_models_can_be_made(path: pathlib.Path):
-    study = build_study(load(path).get_config())
-    for config in (study.teacher.model, study.student.model):
+    built = [build_study(config) for config in studies(path)]
+    models = {model for study in built for model in (study.teacher.model, study.student.model)}
+    for config in models:
         variables = abstract_variables(Transformer(config))
         sizes = [leaf.size for leaf in jax.tree.leaves(variables['params'])]
         assert sum(sizes) == parameter_report(config).total
@@ -163,7 +171,8 @@ def test_lists_are_tuples(path: pathlib.Path):
 @pytest.mark.parametrize('path', STUDIES, ids=lambda path: path.stem)
 def test_says_how_to_run_it_and_what_that_takes(path: pathlib.Path):
     text = load(path).__doc__ or ''
-    assert f'python -m experiments.launch --config=configs/{path.name}' in text
+    launcher = 'sweep' if 'study' in load(path).get_config() else 'launch'
+    assert f'python -m experiments.{launcher} --config=configs/{path.name}' in text
     for word in ('hardware', 'minutes'):
         assert word in text.lower()
 

@@ -1,0 +1,191 @@
+"""Variants over seeds: what can be shared is, what cannot be compared is not, and sums by hand."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import ml_collections
+import numpy as np
+import pytest
+from launching import LONGEST_LAUNCH, MESH, ROOT, Launcher, checkpoint_arrays
+from tiny import get_config
+
+from experiments.sweep import figures
+from experiments.sweep_config import build_runs
+from moe.errors import InputError
+
+SWEEP = """
+import runpy
+import ml_collections
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.study = runpy.run_path('tests/experiments/tiny.py')['get_config']()
+    config.study.teacher.train.steps = config.study.student.train.steps = 4
+    config.study.data.source = SOURCE
+    config.seeds = (0, 3)
+    config.baseline = 'forward'
+    config.variants = dict(
+        forward=dict(student=dict(terms=dict(ce=dict(weight=0.2)))),
+        upcycled=dict(student=dict(init=dict(method='upcycle'))),
+        reverse=dict(student=dict(terms=dict(kl=dict(name='reverse_kl')))),
+    )
+    return config
+"""
+VARIANTS, SEEDS = ('forward', 'upcycled', 'reverse'), (0, 3)
+
+
+def sweep(launcher: Launcher, *argv: str) -> subprocess.CompletedProcess[str]:
+    mesh = [flag.replace('config.', 'config.study.') for flag in MESH]
+    return subprocess.run(
+        [sys.executable, '-m', 'experiments.sweep', *argv, *mesh],
+        cwd=ROOT,
+        env=launcher.environment | {'JAX_NUM_CPU_DEVICES': '8'},
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_LAUNCH,
+        check=False,
+    )
+
+
+@pytest.fixture(scope='module')
+def swept(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of a sweep, cut off after its first run once, and run again."""
+    folder = tmp_path_factory.mktemp('sweep')
+    config = folder / 'sweep.py'
+    config.write_text(SWEEP.replace('SOURCE', repr(launcher.source)))
+    argv = (f'--config={config}', f'--workdir={folder / "runs"}', f'--json={folder / "rows.json"}')
+    finished = sweep(launcher, *argv)
+    assert finished.returncode == 0, finished.stderr
+    before = (folder / 'runs' / 'comparison.json').read_text()
+    (folder / 'runs' / 'reverse' / 'seed_3' / 'evaluate' / 'result.json').unlink()
+    finished = sweep(launcher, *argv)
+    assert finished.returncode == 0, finished.stderr
+    assert 'reverse/seed_3, skipped' in finished.stderr
+    again = (folder / 'runs' / 'comparison.json').read_text()
+    assert json.loads(again)['variants'] == json.loads(before)['variants']
+    return folder / 'runs'
+
+
+def summary(workdir: pathlib.Path, variant: str, seed: int) -> dict:
+    return json.loads((workdir / variant / f'seed_{seed}' / 'summary.json').read_text())
+
+
+def test_a_sweep_compares_seed_by_seed(swept: pathlib.Path):
+    comparison = json.loads((swept / 'comparison.json').read_text())
+    assert comparison['seeds'] == list(SEEDS)
+    assert comparison['tokens'] == 4 * 8 * 16
+    bits = {
+        (variant, who): [
+            summary(swept, variant, seed)['models'][who]['bits_per_byte']['value'] for seed in SEEDS
+        ]
+        for variant in VARIANTS
+        for who in ('student', 'control')
+    }
+    for (variant, who), (a, b) in bits.items():
+        measured = comparison['variants'][variant]['models'][who]['bits_per_byte']
+        assert measured['seeds'] == [a, b]
+        # Two runs: t of one degree of freedom is 12.7062, s / sqrt(2) is half the difference.
+        assert measured['value'] == pytest.approx((a + b) / 2)
+        assert measured['high'] == pytest.approx((a + b) / 2 + 12.7062 * abs(a - b) / 2, rel=1e-5)
+        if variant == 'forward':
+            continue
+        first, second = np.subtract((a, b), bits['forward', who])
+        difference = comparison['variants'][variant]['difference'][who]['bits_per_byte']
+        assert difference['value'] == pytest.approx((first + second) / 2)
+        width = 12.7062 * abs(first - second) / 2
+        assert difference['low'] == pytest.approx(difference['value'] - width, rel=1e-5)
+    # A control that nothing distinguishes is the baseline's own, without any interval of chance.
+    same = comparison['variants']['reverse']['difference']['control']['bits_per_byte']
+    assert same['seeds'] == [0, 0]
+    rows = json.loads((swept.parent / 'rows.json').read_text())
+    assert rows == figures(comparison)
+    assert len(rows) == 3 * 2 * 5
+    assert '| upcycled | student |' in (swept / 'comparison.md').read_text()
+    assert (swept / 'comparison.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_what_hangs_on_the_same_is_trained_once(swept: pathlib.Path):
+    for seed in SEEDS:
+        first = swept / 'forward' / f'seed_{seed}'
+        assert not (first / 'teacher').is_symlink()
+        for variant in VARIANTS[1:]:
+            link = swept / variant / f'seed_{seed}' / 'teacher'
+            assert not os.path.isabs(os.readlink(link))
+            assert link.resolve() == (first / 'teacher').resolve()
+        shared = {v: (swept / v / f'seed_{seed}' / 'control').is_symlink() for v in VARIANTS}
+        # Upcycled controls start elsewhere.
+        assert shared == {'forward': False, 'upcycled': False, 'reverse': True}
+        students = [
+            checkpoint_arrays(swept / v / f'seed_{seed}', 'student', step=4) for v in VARIANTS
+        ]
+        name = next(name for name in students[0] if 'down' in name)
+        assert np.abs(students[0][name] - students[2][name]).max() > 0
+
+
+def test_seeds_train_other_teachers(swept: pathlib.Path):
+    one, two = (
+        summary(swept, 'forward', seed)['models']['teacher']['bits_per_byte'] for seed in SEEDS
+    )
+    assert one['value'] != two['value']
+    started = summary(swept, 'upcycled', 3)['student_start']['method']
+    assert (summary(swept, 'forward', 3)['student_start']['method'], started) == (
+        'random',
+        'upcycle',
+    )
+
+
+def sweep_of(**changes: object) -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.study = get_config()
+    config.seeds = (0, 1)
+    config.baseline = 'a'
+    config.variants = dict(a=dict(), b=dict(student=dict(terms=dict(kl=dict(name='reverse_kl')))))
+    with config.ignore_type():
+        config.update(changes)
+    return config
+
+
+def test_every_variant_runs_with_every_seed():
+    runs = build_runs(sweep_of())
+    assert [(run.variant, run.seed) for run in runs] == [('a', 0), ('b', 0), ('a', 1), ('b', 1)]
+    assert [run.study.seed for run in runs] == [0, 0, 1, 1]
+    assert [run.study.student.terms['kl'].name for run in runs[:2]] == ['forward_kl', 'reverse_kl']
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'seed': (1,)}, "no key 'seed'. Did you mean 'seeds'"),
+        ({'seeds': ()}, 'config.seeds must be different numbers'),
+        ({'seeds': (1, 1)}, 'config.seeds must be different numbers'),
+        ({'baseline': 'c'}, "received a, b and 'c'"),
+        ({'variants': dict(b=dict(studnt=dict()))}, r'In config\.variants\.b: .*studnt'),
+        (
+            {'variants': dict(b=dict(student=dict(train=dict(steps='many'))))},
+            r'In config\.variants\.b: .*steps',
+        ),
+        (
+            {'variants': dict(b=dict(student=dict(init=dict(method='melt'))))},
+            r'In config\.variants\.b: .*init\.method must be one of',
+        ),
+        (
+            {'variants': dict(b=dict(student=dict(train=dict(steps=13))))},
+            r"at equal tokens: .* \{'a': 1536, 'b': 1664\}",
+        ),
+    ],
+)
+def test_refuses(changes: dict[str, object], message: str):
+    with pytest.raises(InputError, match=message):
+        build_runs(sweep_of(**changes))
+
+
+def test_a_study_is_no_sweep():
+    with pytest.raises(InputError, match='config has no key'):
+        build_runs(get_config())
+    config = sweep_of()
+    del config.variants
+    with pytest.raises(InputError, match='A sweep needs variants in its config'):
+        build_runs(config)
