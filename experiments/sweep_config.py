@@ -1,6 +1,7 @@
 """A sweep as data: variants of one study, each with the same seeds, on equally many tokens."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -81,11 +82,25 @@ def build_runs(config: Any) -> list[Run]:
 
 
 def _run(config: Any, name: str, seed: int) -> Run:
-    study = config.study.copy_and_resolve_references().lock()
+    study = config.study.copy_and_resolve_references()
     try:
-        study.update(config.variants[name])
+        _change(study, config.variants[name], 'study')
         study.seed = seed
         return Run(name, seed, study, build_study(study))
-    except (KeyError, TypeError, InputError) as error:
-        text = error.args[0] if error.args else error
-        raise InputError(f'In config.variants.{name}: {text}') from error
+    except InputError as error:
+        raise InputError(f'In config.variants.{name}: {error}') from error
+
+
+def _change(part: Any, changes: Any, path: str) -> None:
+    """Sets what a variant changes in a part of the study; only a term may be new there."""
+    for key, value in changes.items():
+        if key not in part and not path.endswith('.terms'):
+            raise InputError(unknown_key(path, key, list(part)))
+        if isinstance(value, Mapping | ml_collections.ConfigDict) and part.get(key) is not None:
+            _change(part[key], value, f'{path}.{key}')
+            continue
+        try:
+            with part.unlocked():
+                part[key] = value
+        except TypeError as error:
+            raise InputError(f'{path}.{key}: {error}') from error

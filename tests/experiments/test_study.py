@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 from tiny import get_config
 
+from experiments.build import build
 from experiments.fit import batch_shards, require_fit
+from experiments.init_config import InitConfig
 from experiments.study import StudyConfig, build_study
 from moe.errors import InputError
 from moe.sharding import MeshConfig, make_mesh
+from moe.surgery import METHODS, method_options
 
 
 def built(**overrides: object) -> StudyConfig:
@@ -178,3 +181,11 @@ def test_what_does_not_fit_is_named(overrides: dict[str, object], mesh: MeshConf
     with pytest.raises(InputError) as caught:
         require_fit(study, make_mesh(mesh))
     assert message in str(caught.value)
+
+
+def test_every_option_of_every_method_is_a_key_of_init():
+    fields = {field.name for field in dataclasses.fields(InitConfig)}
+    options = {name for method in METHODS for name in method_options(method)}
+    assert fields - {'method', 'source', 'checkpoint', 'calibration_rows'} == options
+    values = get_config().student.init.to_dict() | dict(method='upcycle', noise=1)
+    assert build(InitConfig, values, 'init').options == {'noise': 1.0}

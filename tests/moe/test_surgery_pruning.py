@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe.config import AttentionConfig, MoEConfig, TransformerConfig
+from moe.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    MoEConfig,
+    TransformerConfig,
+)
 from moe.errors import InputError
 from moe.importance import importance
 from moe.observe import Calibration
@@ -146,6 +152,30 @@ def test_exactly_the_kept_rows_and_columns_remain():
     np.testing.assert_array_equal(params['head']['kernel'], PARAMS['head']['kernel'][kept.embed])
     table = PARAMS['embed']['embedding'][:, kept.embed]
     np.testing.assert_array_equal(params['embed']['embedding'], table)
+
+
+OTHER_KINDS = {
+    'latent': LatentAttentionConfig(4, 6, 4, 2, 4, query_rank=5),
+    'linear': LinearAttentionConfig(4, 4, 3, 3, conv_width=2),
+    'sinks': AttentionConfig(4, 4, 4, sinks=True, window=3, qk_norm='none'),
+}
+
+
+@pytest.mark.parametrize('kind', OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_every_kind_of_attention_loses_its_dead_heads_and_channels(kind):
+    heads = {'num_heads': 2}
+    if isinstance(kind, AttentionConfig):
+        heads['num_kv_heads'] = 2
+    wide = dataclasses.replace(WIDE, num_layers=2, attention=kind)
+    attention = dataclasses.replace(kind, **heads)
+    narrow = dataclasses.replace(wide, embed_dim=8, mlp_dim=6, attention=attention)
+    params = plant(wide, make(wide))
+    kept = choose_width(measured(wide, params), wide, narrow)
+    assert [heads.tolist() for heads in kept.heads] == [ALIVE['heads']] * 2
+    config, pruned = prune_width(wide, params, kept)
+    assert config == narrow
+    assert shapes({'params': pruned}) == shapes(abstract_variables(Transformer(config)))
+    np.testing.assert_allclose(logits(config, pruned), logits(wide, params), atol=2e-5)
 
 
 def test_a_permuted_model_keeps_the_permuted_parts():
