@@ -45,10 +45,10 @@ def main() -> None:
     for flag in (CONFIG, WORKDIR):
         if not flag.value:
             raise InputError(f'--{flag.name}=PATH is required. See --help.')
-    runs = build_runs(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value or '').expanduser().absolute()
     logging.set_verbosity(logging.WARNING)
     distributed.initialize()
+    runs = build_runs(CONFIG.value)
     # The runs compile the same programs, one after the other.
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
