@@ -64,7 +64,11 @@ def upcycled(
         assert calibration is not None
         copies = moe.router.num_experts // slices_of(source.mlp_dim, moe)
         found = input_centroids(
-            Transformer(source), variables, calibration, copies, key=jax.random.fold_in(key, -1)
+            Transformer(source),
+            variables,
+            calibration,
+            copies,
+            key=jax.random.fold_in(key, source.num_layers),
         )
         directions = [found[int(i)] for i in np.flatnonzero(target.moe_layers)]
     return upcycle(

@@ -92,8 +92,7 @@ def test_a_student_of_a_checkpoint_is_pruned_on_text_of_the_train_split(
 ):
     config = config.copy_and_resolve_references()
     student = config.student
-    student.model.update(config.teacher.model)
-    student.model.moe = None
+    student.model = config.teacher.model.copy_and_resolve_references()
     student.balance.selection_bias_rate = 0.0
     student.model.mlp_dim = 24
     source = dict(source='checkpoint', checkpoint=str(uninterrupted / 'teacher'))

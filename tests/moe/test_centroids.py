@@ -69,9 +69,7 @@ def test_an_upcycled_router_sends_clusters_apart_and_the_logits_stay():
     # Of the tokens that were measured, every expert has the same mean logit, and some tokens.
     counted = np.asarray(segments) > 0
     logits = np.asarray(output.router[0].router_logits)[counted]
-    found = input_centroids(
-        Transformer(DENSE), VARIABLES, batch, 3, key=jax.random.fold_in(KEY, -1)
-    )
+    found = input_centroids(Transformer(DENSE), VARIABLES, batch, 3, key=jax.random.fold_in(KEY, 2))
     assert sorted(found) == [0, 1]
     kernel = np.asarray(made['params']['group_1']['layer_0']['moe']['router']['kernel'][0])
     columns = 0.5 * 8**0.5 * np.asarray(found[1]).T
