@@ -79,14 +79,14 @@ def run_all(runs: Sequence[Run], workdir: pathlib.Path, command: str) -> None:
         folder = folder_of(workdir, run)
         if distributed.is_writer():
             print(f'{run.variant}, seed {run.seed}: {number + 1} of {len(runs)}', file=sys.stderr)
-            _share(run, runs[:number], workdir)
+            share(run, runs[:number], workdir)
         distributed.barrier(f'{folder}: shared')
         context = Context(run.config, str(folder), command=command, stop=stop)
         run_stages(context, tuple(STAGES))
         jax.clear_caches()
 
 
-def _share(run: Run, earlier: Sequence[Run], workdir: pathlib.Path) -> None:
+def share(run: Run, earlier: Sequence[Run], workdir: pathlib.Path) -> None:
     """Links what an earlier run of the same inputs has made already."""
     for other in earlier:
         if other.teacher_inputs == run.teacher_inputs:
