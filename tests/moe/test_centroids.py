@@ -71,7 +71,7 @@ def test_an_upcycled_router_sends_clusters_apart_and_the_logits_stay():
     logits = np.asarray(output.router[0].router_logits)[counted]
     found = input_centroids(Transformer(DENSE), VARIABLES, batch, 3, key=jax.random.fold_in(KEY, 2))
     assert sorted(found) == [0, 1]
-    kernel = np.asarray(made['params']['group_1']['layer_0']['moe']['router']['kernel'][0])
+    kernel = np.asarray(made['params']['group_0']['layer_1']['moe']['router']['kernel'][0])
     columns = 0.5 * 8**0.5 * np.asarray(found[1]).T
     np.testing.assert_allclose(kernel, np.repeat(columns, 2, axis=1), rtol=1e-5)
     np.testing.assert_allclose(logits.mean(0), 0, atol=1e-4)
