@@ -131,11 +131,11 @@ def span_loss(
         def take(x: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
 
-        merged = [
+        student, teacher = (
             _merged(side, take(first), take(later))
             for side, first, later in zip(sides, firsts, following, strict=True)
-        ]
-        return jnp.where(take(valid), compare(*merged, loss), 0).sum()
+        )
+        return jnp.where(take(valid), compare(student, teacher, loss), 0).sum()
 
     def add(total: Array, start: Array) -> tuple[Array, None]:
         return total + chunk(start), None
