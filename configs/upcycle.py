@@ -2,8 +2,8 @@
 
     python -m experiments.sweep --config=configs/upcycle.py --workdir=runs/upcycle
 
-Hardware: two CPU cores (x86-64 with AVX-512), 2 GB of memory. Time: about 10 minutes for each of the
-three seeds on a machine that had other work to do.
+Hardware: two CPU cores (x86-64 with AVX-512), 2 GB of memory. Time: about 10 minutes for each of
+the three seeds, on a machine that had other work to do.
 Expect, of seed 0, the one that was measured to its end (one seed has no interval over seeds; jax
 0.10.2): after 123k tokens the upcycled student reads held-out text at 2.87 bits per byte, the one
 from scratch at 3.45; their controls without a teacher at 2.91 and 3.57; the teacher, which both
