@@ -179,8 +179,10 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)  # devices; -1 is the rest
     config.teacher = dict(
-        source='train',  # in this run, or 'checkpoint'
-        checkpoint=config_dict.placeholder(str),  # a stage's folder in another workdir
+        source='train',  # in this run, or 'checkpoint', or 'hf'
+        # A stage's folder in another workdir, or with 'hf' a published model's, whose architecture
+        # and tokenizer then count.
+        checkpoint=config_dict.placeholder(str),
         dtype='float32',  # of the frozen teacher's parameters and activations
         model=model(),
         optimizer=optimizer(),

@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
     """What data, evaluation and generation ask of a tokenizer.
 
     Attributes:
-        kind: 'byte' or 'bpe'.
+        kind: 'byte', 'bpe' or 'pretrained'.
         vocab_size: number of ids; a model's vocabulary must be at least as wide.
         bos_id: stands before every document, so that its first token is predicted too.
         eos_id: ends every document.
@@ -85,12 +85,12 @@ class ByteTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         with whole_directory(path) as directory:
-            _write_metadata(directory, self, {})
+            write_metadata(directory, self, {})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'ByteTokenizer':
         """Loads what `save` wrote."""
-        return _verified(cls(), path)
+        return verified(cls(), path)
 
 
 class BPETokenizer:
@@ -134,7 +134,7 @@ class BPETokenizer:
     def save(self, path: str | os.PathLike) -> None:
         with whole_directory(path) as directory:
             self._tokenizer.save(str(directory / TOKENIZER_FILE))
-            _write_metadata(directory, self, self._training)
+            write_metadata(directory, self, self._training)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'BPETokenizer':
@@ -149,12 +149,14 @@ class BPETokenizer:
             raise InputError(
                 f'{file}: not a readable tokenizer; {error}. Delete {path} to train it again.'
             ) from error
-        return _verified(cls(tokenizer, metadata['training']), path)
+        return verified(cls(tokenizer, metadata['training']), path)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Loads a tokenizer of either kind from the directory that its `save` wrote."""
-    kinds = {'byte': ByteTokenizer, 'bpe': BPETokenizer}
+    """Loads a tokenizer of any kind from the directory that its `save` wrote."""
+    from distill.pretrained_tokenizer import PretrainedTokenizer
+
+    kinds = {'byte': ByteTokenizer, 'bpe': BPETokenizer, 'pretrained': PretrainedTokenizer}
     return kinds[_read_metadata(path)['kind']].load(path)
 
 
@@ -248,7 +250,8 @@ def _valid_ids(values: Sequence[int] | np.ndarray, vocab_size: int) -> Int[np.nd
     return ids
 
 
-def _write_metadata(directory: pathlib.Path, tokenizer: Tokenizer, training: dict) -> None:
+def write_metadata(directory: pathlib.Path, tokenizer: Tokenizer, training: dict) -> None:
+    """Writes beside a tokenizer what tells it from others."""
     metadata = {
         'kind': tokenizer.kind,
         'vocab_size': tokenizer.vocab_size,
@@ -269,7 +272,8 @@ def _read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         ) from error
 
 
-def _verified(tokenizer: Any, path: str | os.PathLike) -> Any:
+def verified(tokenizer: Any, path: str | os.PathLike) -> Any:
+    """Returns a tokenizer that was loaded; refuses one that is not what was saved there."""
     saved = _read_metadata(path)
     if (saved['kind'], saved['fingerprint']) != (tokenizer.kind, tokenizer.fingerprint):
         raise InputError(

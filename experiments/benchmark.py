@@ -3,6 +3,7 @@
     python -m experiments.benchmark moe     a MoE layer beside a dense MLP of equal active FLOPs
     python -m experiments.benchmark loss    the fused head and KL beside its bare matrix products
     python -m experiments.benchmark decode  tokens a second beside memory's speed and transformers
+    python -m experiments.benchmark load    a published model's loading beside its largest tensor
 
 Figures are printed, and written with --json=PATH as rows of name, value, unit, reference, ratio and
 conditions. The ratio is the share of the reference's rate, 1.0 is as fast; of memory, the share of
@@ -22,6 +23,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.benchmark_decode import decode_rows
+from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import ROWS, loss_rows
 from experiments.timing import interleaved_medians
 from moe.config import Dispatch, MoEConfig, RouterConfig
@@ -149,6 +151,7 @@ COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {
     'moe': _moe,
     'loss': _loss,
     'decode': _decode,
+    'load': load_rows,
 }
 
 

@@ -13,6 +13,7 @@ import ml_collections
 from distill import distributed
 from distill.corpus import TokenCorpus, load_or_tokenize
 from distill.data import DataConfig, EvaluationSet, TrainPipeline, evaluation_rows
+from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.sources import Document, read_documents, split_documents
 from distill.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_or_load
 from distill.types import Batch
@@ -27,6 +28,7 @@ from moe.sharding import batch_sharding, make_mesh
 from moe.transformer import Transformer
 
 T = TypeVar('T')
+Saved = TypeVar('Saved', bound=Tokenizer)
 
 
 class Context:
@@ -84,11 +86,15 @@ class Context:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The teacher checkpoint's; else the bytes, or a BPE trained once on the train split."""
-        data, checkpoint = self.study.data, self.study.teacher.checkpoint
-        if checkpoint is not None:
-            return load_tokenizer(pathlib.Path(checkpoint).parent / 'tokenizer')
+        """The teacher's where it comes from elsewhere; else the bytes, or a BPE trained once."""
+        data, teacher = self.study.data, self.study.teacher
         folder = self.workdir.path / 'tokenizer'
+        if teacher.source == 'hf':
+            published = PretrainedTokenizer(str(teacher.checkpoint))
+            require_room(published.vocab_size, teacher.model.vocab_size, str(teacher.checkpoint))
+            return _writer_first(lambda: _saved(published, folder), 'tokenizer')
+        if teacher.checkpoint is not None:
+            return load_tokenizer(pathlib.Path(teacher.checkpoint).parent / 'tokenizer')
         if data.tokenizer == 'byte':
             return _writer_first(lambda: _saved(ByteTokenizer(), folder), 'tokenizer')
         texts = [document.text for document in self.split[0]]
@@ -148,7 +154,17 @@ def _limited(documents: list[Document], max_bytes: int) -> list[Document]:
     return [document for index, document in enumerate(documents) if index in kept]
 
 
-def _saved(tokenizer: ByteTokenizer, folder: pathlib.Path) -> ByteTokenizer:
+def require_room(ids: int, vocab_size: int, where: str) -> None:
+    """Refuses a tokenizer with ids that its model has no embedding for."""
+    if ids > vocab_size:
+        raise InputError(
+            f'The tokenizer of {where} must have ids below {vocab_size}, the vocabulary of its '
+            f'model; its largest is {ids - 1}. Tokens were added that the model was not made for: '
+            'use the tokenizer that belongs to it.'
+        )
+
+
+def _saved(tokenizer: Saved, folder: pathlib.Path) -> Saved:
     """Puts the tokenizer where those who use this study's checkpoints look for it."""
     if not folder.exists():
         tokenizer.save(folder)

@@ -17,13 +17,15 @@ from distill import distributed
 from experiments import cli
 from experiments.context import Context
 from experiments.signals import StopSignal
-from experiments.stages import STAGES, require_stages, run_stages
+from experiments.stages import USUAL_STAGES, require_stages, run_stages
 
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The study: a file that defines get_config().'
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the study, made where it is missing.')
-STAGE_NAMES = flags.DEFINE_list('stages', list(STAGES), 'The stages to run, in their own order.')
+STAGE_NAMES = flags.DEFINE_list(
+    'stages', list(USUAL_STAGES), "The stages to run, in their own order; 'export' is one more."
+)
 JSON = flags.DEFINE_string('json', None, "Where to write the report's figures as JSON rows.")
 COORDINATOR = flags.DEFINE_string(
     'coordinator_address', None, "'host:port' of process 0; found by itself on SLURM, TPU and GKE."

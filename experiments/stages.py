@@ -18,11 +18,13 @@ from distill.step import Recipe
 from distill.teacher import OnlineTeacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
+from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
 from experiments.reporting import write_study_report
 from experiments.seen import record_seen, refuse_seen
 from experiments.training import Run, load_model, model_sha256, train_model
 from moe.config import TransformerConfig
+from moe.convert import family_of, folder_sha256, load_pretrained
 from moe.errors import InputError
 from moe.sharding import init_sharded, logical_axes, variable_shardings
 from moe.transformer import Transformer
@@ -38,6 +40,9 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
         InputError: for a name that is no stage, or a stage whose input is not there.
     """
     require_stages(names)
+    if 'export' in names:
+        # Before anything is trained that could not be exported.
+        family_of(context.study.student.model)
     for name, stage in STAGES.items():
         if name not in names:
             continue
@@ -73,7 +78,7 @@ def teacher(context: Context) -> dict[str, Any]:
     """Trains the teacher on the text, or checks that its checkpoint can be used."""
     config = context.study.teacher
     require_source(context)
-    if config.source == 'checkpoint':
+    if config.source != 'train':
         load_teacher(context)
         return {}
     objective = Objective((Term('cross_entropy'),))
@@ -104,7 +109,7 @@ def student(context: Context) -> dict[str, Any]:
         functools.partial(initial_variables, context, _key(context, _STUDENT_KEY)),
         start=started_from(context),
         teacher=variables,
-        taught_by=model_sha256(context.teacher_folder / 'model'),
+        taught_by=_teacher_sha256(context),
     )
 
 
@@ -149,18 +154,35 @@ def report(context: Context) -> dict[str, Any]:
     return {}
 
 
+def export(context: Context) -> dict[str, Any]:
+    """Writes the student as a folder that others load, with its tokenizer and a model card."""
+    for name in ('student', 'evaluate'):
+        context.workdir.require_result(name, wanted_by='export')
+    config = context.study.student.model
+    variables = _load(context, 'student', context.model(config))
+    return export_student(context, config, variables)
+
+
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     'teacher': teacher,
     'student': student,
     'control': control,
     'evaluate': evaluate,
     'report': report,
+    'export': export,
 }
+# The others run when they are asked for.
+USUAL_STAGES = tuple(name for name in STAGES if name != 'export')
 
 
 def load_teacher(context: Context) -> tuple[Transformer, Any]:
     """Loads the frozen teacher in its own dtype, each array on the devices that hold it."""
     config = context.study.teacher
+    if config.source == 'hf':
+        _, published = load_pretrained(
+            context.teacher_folder, mesh=context.mesh, dtype=config.dtype
+        )
+        return context.model(config.model), {'routing': {}} | published
     trained = context.model(config.model)
     folder = context.teacher_folder
     if config.checkpoint is not None:
@@ -175,6 +197,13 @@ def load_teacher(context: Context) -> tuple[Transformer, Any]:
         out_shardings=variable_shardings(model, context.mesh)['params'],
     )
     return model, variables | {'params': cast(variables['params'])}
+
+
+def _teacher_sha256(context: Context) -> str:
+    folder = context.teacher_folder
+    if context.study.teacher.source == 'hf':
+        return folder_sha256(folder)
+    return model_sha256(folder / 'model')
 
 
 def _recipe(

@@ -15,6 +15,7 @@ from distill.tokenizer import ByteTokenizer
 from experiments.build import build
 from experiments.init_config import InitConfig
 from moe.config import TransformerConfig, require
+from moe.convert import pretrained_config
 from moe.errors import InputError
 from moe.routing import require_causal
 from moe.sharding import MeshConfig
@@ -60,18 +61,19 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """A teacher trained in this run, or a checkpoint of ours.
+    """A teacher trained in this run, a checkpoint of ours, or a published model.
 
     Attributes:
-        source: 'train' or 'checkpoint'.
-        checkpoint: the folder of a stage that trained it; `~` is the home folder.
+        source: 'train', 'checkpoint' or 'hf'.
+        checkpoint: the folder of a stage that trained it, or, with 'hf', of a published model, as
+            `transformers` saves it; `~` is the home folder.
         dtype: of the frozen teacher's parameters and activations.
-        model: its architecture.
+        model: its architecture; with 'hf' that of the folder, whatever the config says here.
         optimizer: how it is trained; read where source='train', as is the next.
         train: for how long.
     """
 
-    source: Literal['train', 'checkpoint']
+    source: Literal['train', 'checkpoint', 'hf']
     checkpoint: str | None
     dtype: Literal['float32', 'bfloat16']
     model: TransformerConfig
@@ -79,11 +81,11 @@ class TeacherConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        if (self.source == 'checkpoint') != (self.checkpoint is not None):
+        if (self.source == 'train') != (self.checkpoint is None):
             raise InputError(
                 "config.teacher.checkpoint is a trained stage's folder and goes with "
-                f"source='checkpoint'; received source={self.source!r} and "
-                f'checkpoint={self.checkpoint!r}.'
+                "source='checkpoint', or a published model's and goes with source='hf'; received "
+                f'source={self.source!r} and checkpoint={self.checkpoint!r}.'
             )
         if self.checkpoint is not None:
             object.__setattr__(self, 'checkpoint', os.path.expanduser(self.checkpoint))
@@ -229,11 +231,31 @@ def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
             names the path of the key.
     """
     values = config.to_dict()
+    published = _published_teacher(values)
     if isinstance(values.get('data'), dict):
         vocab_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
+        if published is not None:
+            vocab_size = published.vocab_size
         for who in ('teacher', 'student'):
             _set_vocab_size(values, who, vocab_size)
     return build(StudyConfig, values, 'config')
+
+
+def _published_teacher(values: dict[str, Any]) -> TransformerConfig | None:
+    """Puts a published teacher's architecture where the config describes its teacher."""
+    part = values.get('teacher')
+    if not isinstance(part, dict) or part.get('source') != 'hf' or not part.get('checkpoint'):
+        return None
+    described = build(TransformerConfig, part['model'] | {'vocab_size': 1}, 'config.teacher.model')
+    config = dataclasses.replace(
+        pretrained_config(os.path.expanduser(part['checkpoint']), part.get('dtype', 'bfloat16')),
+        scan_layers=described.scan_layers,
+        remat=described.remat,
+    )
+    part['model'] = dataclasses.asdict(config)
+    # Said once, by the published model.
+    del part['model']['vocab_size']
+    return config
 
 
 def _set_vocab_size(values: dict[str, Any], who: str, vocab_size: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import benchmark, benchmark_decode, cli
+from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import loss_rows
 from experiments.timing import interleaved_medians
 
@@ -22,9 +23,19 @@ def check(row: benchmark.Row) -> None:
     assert row['value'] > 0
     assert row['reference'] > 0
     # More milliseconds are worse; the ratio of rates and of bytes is the plain share.
-    inverse = {'ms': True, 'GFLOP/s': False, 'GB': False}[row['unit']]
+    inverse = {'ms': True, 'GFLOP/s': False, 'GB': False, 'GB/s': False}[row['unit']]
     quotient = row['value'] / row['reference']
     assert math.isclose(row['ratio'], 1 / quotient if inverse else quotient, rel_tol=1e-9)
+
+
+def test_load_rows_measure_memory_and_rate() -> None:
+    memory, rate = load_rows(width=32, layers=1)
+    check(rate)
+    assert set(memory) == KEYS
+    assert memory['ratio'] == memory['value'] / memory['reference']
+    # The embedding, [64 * 32, 32] in float32, is the largest.
+    assert memory['reference'] == 64 * 32 * 32 * 4 / 1e9
+    assert 'D=32, L=1' in memory['conditions']
 
 
 def test_moe_rows_measure_every_dispatch_against_the_mlp() -> None:

@@ -1,0 +1,108 @@
+"""Conversations as the text that a published model was trained on: its folder's chat template."""
+
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from moe.errors import InputError
+
+
+class ChatTemplate:
+    """A folder's chat template.
+
+    Templates are code of the folder's author; they run in Jinja's sandbox, which lets them build
+    text and nothing else.
+
+    Args:
+        path: a folder with chat_template.jinja, or a tokenizer_config.json that holds one.
+
+    Raises:
+        InputError: where there is no template, it cannot be read, or the extra `chat` is not
+            installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        folder = pathlib.Path(path)
+        file = folder / 'tokenizer_config.json'
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+        self._tokens = {
+            name: token.get('content') if isinstance(token, dict) else token
+            for name, token in settings.items()
+            if name.endswith('_token')
+        }
+        self._template, self._refused = _compile(_source(folder, settings), folder)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
+        """Renders a conversation; special tokens are spelt out in it.
+
+        Args:
+            messages: each with `role` and `content`.
+            add_generation_prompt: whether to end where the model's answer begins.
+
+        Raises:
+            InputError: where the template refuses the conversation.
+        """
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
+            )
+        except self._refused as error:
+            raise InputError(
+                f'The chat template does not take this conversation: {error}. Change its roles or '
+                'their order.'
+            ) from error
+
+
+def _source(folder: pathlib.Path, settings: Mapping[str, Any]) -> str:
+    file = folder / 'chat_template.jinja'
+    if file.is_file():
+        return file.read_text()
+    source = settings.get('chat_template')
+    if isinstance(source, list):  # several, by name
+        named = {entry['name']: entry['template'] for entry in source}
+        source = named.get('default')
+    if not isinstance(source, str):
+        raise InputError(
+            f'{folder} must have a chat template, in chat_template.jinja or in '
+            'tokenizer_config.json; it has none. Give plain text to this model, or add the '
+            'template that it was trained with.'
+        )
+    return source
+
+
+def _compile(source: str, folder: pathlib.Path) -> tuple[Any, type[Exception]]:
+    """Returns the template, and what it raises."""
+    try:
+        jinja2 = importlib.import_module('jinja2')
+        sandbox = importlib.import_module('jinja2.sandbox')
+    except ImportError as error:
+        raise InputError(
+            "Chat templates need the extra 'chat': pip install 'fractional[chat]'."
+        ) from error
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+    )
+    environment.globals |= {
+        'raise_exception': refuse,
+        'strftime_now': lambda form: datetime.now().strftime(form),
+    }
+    # As published templates expect: no HTML escapes.
+    environment.filters['tojson'] = lambda value, **options: json.dumps(
+        value, ensure_ascii=False, **options
+    )
+    try:
+        return environment.from_string(source), jinja2.TemplateError
+    except jinja2.TemplateError as error:
+        raise InputError(f'The chat template in {folder} is no Jinja template: {error}.') from error
