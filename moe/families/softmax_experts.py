@@ -1,5 +1,6 @@
 """Mixtral, OLMoE and Qwen3-MoE: grouped-query attention, and experts behind a softmax router."""
 
+import math
 from typing import Any
 
 from moe.config import MoEConfig, RouterConfig, TransformerConfig
@@ -14,7 +15,7 @@ from moe.families.common import (
     write_attention,
     write_base,
 )
-from moe.families.family import Family
+from moe.families.family import Family, Limit
 from moe.families.fields import Fields
 from moe.families.rope import read_rope
 
@@ -76,6 +77,10 @@ def _read_olmoe(fields: Fields) -> TransformerConfig:
     return TransformerConfig(**base, attention=attention, moe=moe)
 
 
+def _heads(attention: Any) -> tuple[int, int]:
+    return attention.num_heads, attention.head_dim
+
+
 def _write_olmoe(config: TransformerConfig) -> dict[str, Any]:
     moe: Any = config.moe
     attention: Any = config.attention_layers[0]
@@ -130,6 +135,13 @@ def _write_qwen3_moe(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
+_HEADS_FILL_WIDTH = Limit(
+    'attention.head_dim',
+    'embed_dim / attention.num_heads',
+    lambda config: config.embed_dim == math.prod(_heads(config.attention_layers[0])),
+)
+
+
 MIXTRAL = Family(
     model_type='mixtral',
     architecture='MixtralForCausalLM',
@@ -145,6 +157,7 @@ OLMOE = Family(
     write=_write_olmoe,
     layer=(*NORMS, *ATTENTION, *FULL_QK_NORM, *routed_experts('mlp')),
     experts=True,
+    limits=(_HEADS_FILL_WIDTH,),
 )
 QWEN3_MOE = Family(
     model_type='qwen3_moe',

@@ -93,7 +93,7 @@ MODELS: dict[str, tuple[str, TransformerConfig]] = {
     'olmoe': (
         'olmoe',
         model(
-            grouped(qk_norm='full', clip_qkv=2.0),
+            AttentionConfig(4, 2, 4, 'full', clip_qkv=2.0),
             moe=MoEConfig(RouterConfig(6, 3, normalize='none'), 12),
         ),
     ),

@@ -411,6 +411,9 @@ def test_attention_that_no_family_can_express() -> None:
         with pytest.raises(InputError, match='No published family') as caught:
             moe.family_of(model(attention))
         assert message in str(caught.value)
+    wide = dataclasses.replace(MODELS['olmoe'][1], embed_dim=20)
+    with pytest.raises(InputError, match=r'attention\.head_dim: embed_dim / attention\.num_heads'):
+        moe.family_of(wide)
     # 18 channels and 4 heads: transformers refuses to build such a Llama.
     with pytest.raises(InputError, match=r'embed_dim: a multiple of attention\.num_heads'):
         moe.family_of(dataclasses.replace(model(grouped()), embed_dim=18))
