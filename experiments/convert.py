@@ -8,7 +8,6 @@ of a stage. A checkpoint that is made of a published model is one for config.tea
 'checkpoint'; its tokenizer goes into the folder beside it, where studies look for it.
 """
 
-import json
 import pathlib
 import tempfile
 from typing import Any
@@ -86,8 +85,10 @@ def to_checkpoint(source: pathlib.Path, out: pathlib.Path) -> None:
 
 def to_folder(source: pathlib.Path, out: pathlib.Path) -> None:
     """Writes a stage's model as others load it."""
-    identity = read_metadata(source / 'model').metadata['identity']
-    config = checkpoint_config(identity['model'])
+    saved = read_metadata(source / 'model')
+    identity = saved.metadata['identity']
+    dtypes = [dtype for name, (dtype, _) in saved.arrays.items() if name.startswith('params/')]
+    config = checkpoint_config(identity['model'], dtypes[0])
     family_of(config)
     mesh = make_mesh(MeshConfig(data=-1))
     variables = load_model(source / 'model', Transformer(config), mesh, identity)
@@ -99,9 +100,10 @@ def to_folder(source: pathlib.Path, out: pathlib.Path) -> None:
         )
 
 
-def checkpoint_config(values: dict[str, Any]) -> TransformerConfig:
+def checkpoint_config(values: dict[str, Any], dtype: str) -> TransformerConfig:
     """Rebuilds the config of a checkpoint from what the checkpoint says of it."""
-    return build(TransformerConfig, json.loads(json.dumps(values)), 'the checkpoint')
+    dtypes = {'dtype': dtype, 'param_dtype': dtype}
+    return build(TransformerConfig, values | dtypes, f'the checkpoint {SOURCE.value}')
 
 
 if __name__ == '__main__':

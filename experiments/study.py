@@ -246,12 +246,8 @@ def _published_teacher(values: dict[str, Any]) -> TransformerConfig | None:
     part = values.get('teacher')
     if not isinstance(part, dict) or part.get('source') != 'hf' or not part.get('checkpoint'):
         return None
-    described = build(TransformerConfig, part['model'] | {'vocab_size': 1}, 'config.teacher.model')
-    config = dataclasses.replace(
-        pretrained_config(os.path.expanduser(part['checkpoint']), part.get('dtype', 'bfloat16')),
-        scan_layers=described.scan_layers,
-        remat=described.remat,
-    )
+    folder = os.path.expanduser(part['checkpoint'])
+    config = pretrained_config(folder, part.get('dtype', 'bfloat16'))
     part['model'] = dataclasses.asdict(config)
     # Said once, by the published model.
     del part['model']['vocab_size']
