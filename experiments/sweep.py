@@ -28,7 +28,7 @@ from experiments.circumstances import circumstances
 from experiments.context import Context
 from experiments.reporting import UNITS, read_curve
 from experiments.signals import StopSignal
-from experiments.stages import STAGES, run_stages
+from experiments.stages import USUAL_STAGES, run_stages
 from experiments.sweep_config import Run, build_runs
 from experiments.workdir import read_json, write_json
 from moe.errors import InputError
@@ -82,7 +82,7 @@ def run_all(runs: Sequence[Run], workdir: pathlib.Path, command: str) -> None:
             share(run, runs[:number], workdir)
         distributed.barrier(f'{folder}: shared')
         context = Context(run.config, str(folder), command=command, stop=stop)
-        run_stages(context, tuple(STAGES))
+        run_stages(context, USUAL_STAGES)
         jax.clear_caches()
 
 
@@ -149,7 +149,7 @@ def _seconds(summaries: Sequence[dict[str, Any]]) -> dict[str, float]:
     stages = {name for summary in summaries for name in summary['stages']}
     return {
         name: round(sum(summary['stages'][name]['seconds'] for summary in summaries), 1)
-        for name in STAGES
+        for name in USUAL_STAGES
         if name in stages
     }
 
