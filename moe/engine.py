@@ -48,7 +48,7 @@ class Engine:
         model: what to write with.
         params: the parameters, or all the variables.
         config: its limits; on a mesh the rows must divide among the devices that split a batch.
-        vocab_size: ids below are written, where the model's vocabulary is wider than that of its
+        vocab_size: ids below are written and named, where the model's vocabulary is wider than that of its
             tokenizer; None for all.
 
     Raises:
@@ -148,7 +148,7 @@ class Engine:
             if not count:
                 return []
             taken = dict(self._waiting.popitem(last=False) for _ in range(count))
-            self._filling = Filling(taken, self._model, self.config)
+            self._filling = Filling(taken, self._model, self.config, self._vocab_size)
         filling = self._filling
         filling.run(prefill_chunk, self._model, self._variables)
         if not filling.complete:

@@ -62,14 +62,16 @@ def empty_rows(model: Transformer, batch: int, num_slots: int) -> Rows:
     )
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'num_slots'), donate_argnames='rows')
+@functools.partial(jax.jit, static_argnames=('model', 'num_slots'))
 def grow_rows(model: Transformer, rows: Rows, num_slots: int) -> Rows:
     """Gives every row more slots."""
     cache = grown(model.config, rows.cache, num_slots)
     return dataclasses.replace(rows, cache=constrain_cache(model.config, cache, model.mesh))
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'score', 'top'), donate_argnames='rows')
+@functools.partial(
+    jax.jit, static_argnames=('model', 'score', 'top', 'vocab_size'), donate_argnames='rows'
+)
 def prefill_chunk(
     model: Transformer,
     variables: Any,
@@ -81,6 +83,7 @@ def prefill_chunk(
     *,
     score: bool,
     top: int,
+    vocab_size: int,
 ) -> tuple[Rows, Scores | None]:
     """Runs a chunk of each prompt.
 
@@ -94,6 +97,7 @@ def prefill_chunk(
         padding: of each prompt in all.
         score: whether to score.
         top: how many of the likeliest tokens to name.
+        vocab_size: ids below may be named.
     """
     config = model.config
     slots = rows.cache.length[:, None] + jnp.arange(tokens.shape[1])
@@ -109,12 +113,12 @@ def prefill_chunk(
         logits=logits[:, -1],
         seen=rows.seen | seen_tokens(tokens, mask, config.vocab_size),
     )
-    return rows, _scores(logits, following, top) if score else None
+    return rows, _scores(logits, following, top, vocab_size) if score else None
 
 
-def _scores(logits: Array, tokens: Array, top: int) -> Scores:
+def _scores(logits: Array, tokens: Array, top: int, vocab_size: int) -> Scores:
     chosen, log_probs = log_probs_of(logits, tokens)
-    values, ids = jax.lax.top_k(log_probs, top)
+    values, ids = jax.lax.top_k(log_probs[..., :vocab_size], top)
     return Scores(chosen, ids, values)
 
 
@@ -157,7 +161,7 @@ def write_token(
     penalised = jnp.where(real, penalised, -jnp.inf)
     keys = row_keys(jax.vmap(jax.random.key)(seeds), written)
     new = sample(penalised, sampling, keys)
-    scores = _scores(rows.logits, new, top)
+    scores = _scores(rows.logits, new, top, vocab_size)
     output: Any = model.apply(variables, new[:, None], mask=active[:, None], cache=rows.cache)
     length = rows.cache.length + active
     cache = dataclasses.replace(output.cache, length=length)

@@ -26,9 +26,16 @@ class Filling:
         requests: by number, in the order of their places.
         model: that runs them.
         config: the engine's.
+        vocab_size: ids below may be named as likeliest.
     """
 
-    def __init__(self, requests: dict[int, Request], model: Transformer, config: EngineConfig):
+    def __init__(
+        self,
+        requests: dict[int, Request],
+        model: Transformer,
+        config: EngineConfig,
+        vocab_size: int,
+    ) -> None:
         self.requests = requests
         self.batch = batch_shards(model.mesh)
         self._places = {number: place for place, number in enumerate(requests)}
@@ -43,7 +50,8 @@ class Filling:
         self.padding = shape[1] - self._mask.sum(axis=1, dtype=np.int32)
         self._score = any(request.score_prompt for request in requests.values())
         top = any(r.score_prompt and r.top_log_probs for r in requests.values())
-        self._top = min(config.max_top, model.config.vocab_size) if top else 0
+        self._top = min(config.max_top, vocab_size) if top else 0
+        self._vocab_size = vocab_size
         self._scores: list[Scores] = []
         self._done = 0
         self.num_slots = self.slots_for(shape[1], config)
@@ -71,7 +79,7 @@ class Filling:
             return
         here = slice(self._done, self._done + self._chunk)
         following = np.roll(self._tokens, -1, axis=1)[:, here]
-        settings = {'score': self._score, 'top': self._top}
+        settings = {'score': self._score, 'top': self._top, 'vocab_size': self._vocab_size}
         operands = (self._tokens[:, here], self._mask[:, here], following, self.padding)
         self.rows, scores = prefill(model, variables, self.rows, *operands, **settings)
         if scores is not None:
