@@ -48,8 +48,8 @@ class Engine:
         model: what to write with.
         params: the parameters, or all the variables.
         config: its limits; on a mesh the rows must divide among the devices that split a batch.
-        vocab_size: ids below are written and named, where the model's vocabulary is wider than that of its
-            tokenizer; None for all.
+        vocab_size: ids below are written and named, where the model's vocabulary is wider than that
+            of its tokenizer; None for all.
 
     Raises:
         InputError: as `EngineConfig`, or where selection biases are missing.
