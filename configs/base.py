@@ -146,19 +146,30 @@ def init() -> ml_collections.ConfigDict:
     )
 
 
-def term(name: str, **fields: float | str | bool) -> ml_collections.ConfigDict:
+def schedule(kind: str, start: float, end: float, steps: int) -> dict[str, float | str]:
+    """Fields of distill.Schedule, for any number of a term."""
+    return dict(kind=kind, start=start, end=end, steps=steps)  # 'linear' or 'cosine'
+
+
+def term(name: str, **fields: float | str | bool | dict) -> ml_collections.ConfigDict:
     """One term of an objective; `name` is a divergence, fields are those of distill.Term."""
+    scheduled = {key: value for key, value in fields.items() if isinstance(value, dict)}
     term = ml_collections.ConfigDict(
         dict(
             name=name,
             weight=1.0,
             temperature=1.0,  # of both sides
             scale_by_temperature_squared=False,
+            standardize=False,  # both sides' logits, to mean 0 and deviation 1
             beta=config_dict.placeholder(float),  # of 'jsd'
             lam=config_dict.placeholder(float),  # of the skew divergences
+            alpha=config_dict.placeholder(float),  # of 'alpha_divergence'
+            mu=config_dict.placeholder(float),  # of 'adaptive_kl'
+            k=config_dict.placeholder(int),  # of 'hinge' and 'ranking'
         )
+        | scheduled
     )
-    term.update(fields)
+    term.update({key: value for key, value in fields.items() if key not in scheduled})
     return term
 
 

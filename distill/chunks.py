@@ -8,6 +8,7 @@ over the mesh once, after the last chunk.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +17,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from distill.integrands import (
-    Divergence,
-    label_integrand,
-    log_softmax,
-    logits_gradient,
-    vocabulary_sum,
-)
+from distill.algebra import Divergence, Teacher, Weighed, values_and_gradient
+from distill.pairs import Targets
 from distill.types import DenseTargets, HiddenTargets
+from distill.views import standardized
 
 TOKENS = ('data', 'fsdp', 'expert')
 VOCAB = 'tensor'
@@ -32,19 +29,25 @@ VOCAB = 'tensor'
 class Operands(NamedTuple):
     """What the loss depends on and is not differentiated in."""
 
-    targets: HiddenTargets | DenseTargets | None
+    targets: Targets | None
     labels: Int[Array, 'B T'] | None
     mask: Bool[Array, 'B T']
     temperatures: Float[Array, 'groups']
     weights: Float[Array, 'terms']
+    parameters: Float[Array, 'terms']
 
 
-Group = tuple[tuple[int, Divergence], ...]
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Terms, by index, that share the scale of the logits and so their softmax."""
+
+    terms: tuple[tuple[int, Divergence], ...]
+    standardize: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known when traced; terms of one group share a temperature and its softmax."""
+    """What is known when traced."""
 
     groups: tuple[Group, ...]
     chunk_size: int
@@ -58,13 +61,13 @@ def over_mesh(
     if plan.mesh is None:
         return _over_chunks(plan, differentiate, hidden, head, operands)
     rows, vocab = P(TOKENS), P(None, VOCAB)
-    targets: Any = None
+    targets: Any = jax.tree.map(lambda _: rows, operands.targets)
     if isinstance(operands.targets, HiddenTargets):
         targets = HiddenTargets(hidden=rows, head=vocab)  # type: ignore
     elif isinstance(operands.targets, DenseTargets):
         targets = DenseTargets(logits=P(TOKENS, None, VOCAB))  # type: ignore
     labels: Any = None if operands.labels is None else rows
-    specs: Any = Operands(targets, labels, mask=rows, temperatures=P(), weights=P())  # type: ignore
+    specs: Any = Operands(targets, labels, rows, P(), P(), P())  # type: ignore
     return jax.shard_map(
         functools.partial(_on_device, plan, differentiate),
         mesh=plan.mesh,
@@ -129,12 +132,10 @@ def _take(arrays: tuple[Array, Operands], start: Array, length: int) -> tuple[Ar
     targets = operands.targets
     if isinstance(targets, HiddenTargets):
         targets = dataclasses.replace(targets, hidden=slice_(targets.hidden))
+    else:
+        targets = jax.tree.map(slice_, targets)
     labels, mask = jax.tree.map(slice_, (operands.labels, operands.mask))
-    return slice_(hidden), operands._replace(
-        targets=jax.tree.map(slice_, targets) if isinstance(targets, DenseTargets) else targets,
-        labels=labels,
-        mask=mask,
-    )
+    return slice_(hidden), operands._replace(targets=targets, labels=labels, mask=mask)
 
 
 def _zeros(plan: Plan, shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> Array:
@@ -150,43 +151,56 @@ def _product(hidden: Array, head: Array, dtype: Any) -> Array:
 def _chunk(plan: Plan, student: Float[Array, 'B t V'], chunk: Operands) -> tuple[Array, Array]:
     """Returns each term's sum over a chunk's tokens, and the weighted sum's gradient in the logits.
 
-    With `s = z / T`, the gradient in the logits `z` of `sum_i w_i D_i(s)` is, for terms of one
-    temperature, `(h - p sum h) / T` with `h = sum_i w_i h_i`: one softmax and one correction a
-    group.
+    With `s = z / T`, the gradient in the logits `z` of `sum_i w_i D_i(s)` is that in `s`, over T:
+    one softmax and one correction for all terms of a temperature.
     """
     axis = None if plan.mesh is None else VOCAB
-    teacher = _teacher_logits(chunk, student.dtype)
+    teacher = _teacher(chunk, student.dtype)
+    is_label = None if chunk.labels is None else _is_label(chunk.labels, student.shape[-1], axis)
     sums = [jnp.zeros((), student.dtype)] * len(chunk.weights)
     gradient = jnp.zeros((), student.dtype)
     for temperature, group in zip(chunk.temperatures, plan.groups, strict=True):
-        log_p = log_softmax(student / temperature, axis)
-        h = jnp.zeros((), student.dtype)
-        for index, divergence in group:
-            if divergence.name == 'cross_entropy':
-                value, slope = label_integrand(
-                    log_p, _is_label(chunk.labels, log_p.shape[-1], axis)
-                )
-            else:
-                log_q = log_softmax(teacher / temperature, axis)
-                value, slope = divergence.integrand(log_p, log_q)
-            tokens = vocabulary_sum(value, axis)[..., 0]
-            sums[index] = jnp.sum(jnp.where(chunk.mask, tokens, 0))
-            h = h + chunk.weights[index] * slope
-        gradient = gradient + logits_gradient(log_p, h, axis) / temperature
+        terms = [Weighed(d, chunk.parameters[i], chunk.weights[i]) for i, d in group.terms]
+        logits, theirs, pull = _scaled(student, teacher, temperature, group.standardize, axis)
+        values, slope = values_and_gradient(terms, logits, theirs, is_label, axis)
+        for (index, _), value in zip(group.terms, values, strict=True):
+            sums[index] = jnp.sum(jnp.where(chunk.mask, value, 0))
+        gradient = gradient + pull(slope)
     return jnp.stack(sums), jnp.where(chunk.mask[..., None], gradient, 0)
 
 
-def _teacher_logits(chunk: Operands, dtype: Any) -> Array | None:
-    if isinstance(chunk.targets, HiddenTargets):
-        hidden = jnp.where(chunk.mask[..., None], chunk.targets.hidden, 0)
-        return _product(hidden, chunk.targets.head, dtype)
-    if isinstance(chunk.targets, DenseTargets):
-        return jnp.where(chunk.mask[..., None], chunk.targets.logits.astype(dtype), 0)
-    return None
+def _scaled(
+    student: Array, teacher: Teacher, temperature: Array, standardize: bool, axis: str | None
+) -> tuple[Array, Teacher, Callable[[Array], Array]]:
+    """Returns logits as the terms compare them, and how a gradient in the student's goes back."""
+    if not standardize:
+        pull = lambda slope: slope / temperature  # noqa: E731
+    else:
+        view = standardized(student, axis)
+        student, pull = view.entries, lambda slope: view.pull(slope / temperature)
+    if isinstance(teacher, DenseTargets):
+        logits = standardized(teacher.logits, axis).entries if standardize else teacher.logits
+        teacher = DenseTargets(logits / temperature)
+    return student / temperature, teacher, pull
 
 
-def _is_label(labels: Array | None, width: int, axis: str | None) -> Bool[Array, 'B t V']:
+def _teacher(chunk: Operands, dtype: Any) -> Teacher:
+    """The teacher as logits, top ids or samples; zeros where masked, whatever stood there."""
+    targets: Any = chunk.targets
+    if isinstance(targets, HiddenTargets):
+        hidden = jnp.where(chunk.mask[..., None], targets.hidden, 0)
+        return DenseTargets(_product(hidden, targets.head, dtype))
+
+    def kept(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        mask = chunk.mask if x.ndim == 2 else chunk.mask[..., None]
+        return jnp.where(mask, x.astype(dtype), 0)
+
+    return jax.tree.map(kept, targets)
+
+
+def _is_label(labels: Array, width: int, axis: str | None) -> Bool[Array, 'B t V']:
     """Marks the labels among the `width` entries of the vocabulary that are here."""
-    assert labels is not None
     first = 0 if axis is None else jax.lax.axis_index(axis) * width
     return first + jnp.arange(width) == labels[..., None]

@@ -9,81 +9,61 @@ differentiable in `student_logits` alone: no gradient flows to the targets.
 Arguments that they share:
     student_logits: before the temperature.
     targets: the teacher, with a vocabulary of the same width; pad a smaller one with logits of
-        -inf.
+        -inf. On `TopKTargets` a divergence is that of distributions over the kept ids and, as one
+        more, all others together; on `SampledTargets` most are refused (`distill.pairs` says which
+        and why).
     mask: True where the token counts; elsewhere the value and the gradient are 0, whatever the
         logits hold, NaN included. None counts every token.
-    temperature: divides both sides' logits; positive.
+    temperature: divides both sides' logits; positive. Top ids and samples must have been recorded
+        at it.
     scale_by_temperature_squared: whether T^2 multiplies the result (Hinton et al. 2015 do, so that
         the gradient keeps its size; GKD does not).
+    standardize: whether both sides' logits are first brought to mean 0 and deviation 1.
 
 `X_per_token` returns [B, T] and `X` its mean over the unmasked tokens (0 where there are none).
 """
 
 import functools
-from typing import TypeAlias
+from typing import Unpack
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
-from distill.integrands import (
-    Divergence,
-    Integrand,
-    label_integrand,
-    log_softmax,
-    logits_gradient,
-    vocabulary_sum,
-)
-from distill.types import DenseTargets, HiddenTargets
-from moe.errors import InputError
-
-Logits: TypeAlias = Float[Array, 'B T V']
-Targets: TypeAlias = DenseTargets | HiddenTargets
-Labels: TypeAlias = Int[Array, 'B T']
-Mask: TypeAlias = Bool[Array, 'B T'] | None
-PerToken: TypeAlias = Float[Array, 'B T']
-Scalar: TypeAlias = Float[Array, '']
-Temperature: TypeAlias = float | Float[Array, '']
+from distill.pairs import Targets
+from distill.per_token import Labels, Logits, Number, Options, PerToken, Scalar, per_token_values
 
 
 def forward_kl_per_token(
-    student_logits: Logits,
-    targets: Targets,
-    *,
-    mask: Mask = None,
-    temperature: Temperature = 1.0,
-    scale_by_temperature_squared: bool = False,
+    student_logits: Logits, targets: Targets, **options: Unpack[Options]
 ) -> PerToken:
-    """Returns KL(teacher || student) of each token."""
-    divergence = Divergence('forward_kl')
-    return _per_token(
-        divergence, student_logits, targets, mask, temperature, scale_by_temperature_squared
-    )
+    """Returns KL(teacher || student) of each token.
+
+    On samples, an unbiased estimate of the cross-entropy instead: the gradient is the same, the
+    value is larger by the teacher's entropy, which samples alone do not tell.
+
+    Source: of sampling: arXiv 2503.16870.
+    """
+    return per_token_values('forward_kl', student_logits, targets, **options)
 
 
 def reverse_kl_per_token(
-    student_logits: Logits,
-    targets: Targets,
-    *,
-    mask: Mask = None,
-    temperature: Temperature = 1.0,
-    scale_by_temperature_squared: bool = False,
+    student_logits: Logits, targets: Targets, **options: Unpack[Options]
 ) -> PerToken:
     """Returns KL(student || teacher) of each token."""
-    divergence = Divergence('reverse_kl')
-    return _per_token(
-        divergence, student_logits, targets, mask, temperature, scale_by_temperature_squared
-    )
+    return per_token_values('reverse_kl', student_logits, targets, **options)
+
+
+def jeffreys_per_token(
+    student_logits: Logits, targets: Targets, **options: Unpack[Options]
+) -> PerToken:
+    """Returns KL(teacher || student) + KL(student || teacher) of each token.
+
+    Source: Jeffreys 1946, invariant J (the sum, not its half).
+    """
+    return per_token_values('jeffreys', student_logits, targets, **options)
 
 
 def jsd_per_token(
-    student_logits: Logits,
-    targets: Targets,
-    *,
-    beta: float = 0.5,
-    mask: Mask = None,
-    temperature: Temperature = 1.0,
-    scale_by_temperature_squared: bool = False,
+    student_logits: Logits, targets: Targets, *, beta: Number = 0.5, **options: Unpack[Options]
 ) -> PerToken:
     """Returns the generalised Jensen-Shannon divergence of each token.
 
@@ -94,20 +74,11 @@ def jsd_per_token(
 
     Source: GKD, arXiv 2306.13649, equation 1.
     """
-    divergence = Divergence('jsd', beta=beta)
-    return _per_token(
-        divergence, student_logits, targets, mask, temperature, scale_by_temperature_squared
-    )
+    return per_token_values('jsd', student_logits, targets, beta=beta, **options)
 
 
 def skew_forward_kl_per_token(
-    student_logits: Logits,
-    targets: Targets,
-    *,
-    lam: float = 0.1,
-    mask: Mask = None,
-    temperature: Temperature = 1.0,
-    scale_by_temperature_squared: bool = False,
+    student_logits: Logits, targets: Targets, *, lam: Number = 0.1, **options: Unpack[Options]
 ) -> PerToken:
     """Returns KL(teacher || lam teacher + (1 - lam) student) of each token.
 
@@ -116,20 +87,11 @@ def skew_forward_kl_per_token(
 
     Source: DistiLLM, arXiv 2402.03898, section 3.1.
     """
-    divergence = Divergence('skew_forward_kl', lam=lam)
-    return _per_token(
-        divergence, student_logits, targets, mask, temperature, scale_by_temperature_squared
-    )
+    return per_token_values('skew_forward_kl', student_logits, targets, lam=lam, **options)
 
 
 def skew_reverse_kl_per_token(
-    student_logits: Logits,
-    targets: Targets,
-    *,
-    lam: float = 0.1,
-    mask: Mask = None,
-    temperature: Temperature = 1.0,
-    scale_by_temperature_squared: bool = False,
+    student_logits: Logits, targets: Targets, *, lam: Number = 0.1, **options: Unpack[Options]
 ) -> PerToken:
     """Returns KL(student || lam student + (1 - lam) teacher) of each token.
 
@@ -138,34 +100,84 @@ def skew_reverse_kl_per_token(
 
     Source: DistiLLM, arXiv 2402.03898, section 3.1.
     """
-    divergence = Divergence('skew_reverse_kl', lam=lam)
-    return _per_token(
-        divergence, student_logits, targets, mask, temperature, scale_by_temperature_squared
-    )
+    return per_token_values('skew_reverse_kl', student_logits, targets, lam=lam, **options)
+
+
+def alpha_divergence_per_token(
+    student_logits: Logits, targets: Targets, *, alpha: Number = 0.5, **options: Unpack[Options]
+) -> PerToken:
+    """Returns the alpha-divergence of each token.
+
+    (1 - sum teacher^alpha student^(1 - alpha)) / (alpha (1 - alpha)), whose limits are reverse KL
+    at 0 and forward KL at 1.
+
+    Args:
+        alpha: in [0, 1]; 0.5 is 4 times the squared Hellinger distance.
+
+    Source: Amari, IEEE Transactions on Information Theory 55(11), 2009; his alpha is 1 - 2 alpha
+    here.
+    """
+    return per_token_values('alpha_divergence', student_logits, targets, alpha=alpha, **options)
+
+
+def adaptive_kl_per_token(
+    student_logits: Logits, targets: Targets, *, mu: Number = 0.5, **options: Unpack[Options]
+) -> PerToken:
+    """Returns w KL(teacher || student) + (1 - w) KL(student || teacher) of each token.
+
+    w is the share of sum |teacher - student| that lies on the teacher's head: its most probable
+    words, as many as hold at most `mu` together, and the first in any case. It is a constant to the
+    gradient. On top ids all others together are one word.
+
+    Args:
+        mu: in (0, 1).
+
+    Source: AKL, arXiv 2404.02657; see `distill.adaptive` for ties.
+    """
+    return per_token_values('adaptive_kl', student_logits, targets, mu=mu, **options)
 
 
 def total_variation_per_token(
-    student_logits: Logits,
-    targets: Targets,
-    *,
-    mask: Mask = None,
-    temperature: Temperature = 1.0,
-    scale_by_temperature_squared: bool = False,
+    student_logits: Logits, targets: Targets, **options: Unpack[Options]
 ) -> PerToken:
     """Returns half the sum of |teacher - student| of each token: a probability, not nats."""
-    divergence = Divergence('total_variation')
-    return _per_token(
-        divergence, student_logits, targets, mask, temperature, scale_by_temperature_squared
-    )
+    return per_token_values('total_variation', student_logits, targets, **options)
+
+
+def hinge_per_token(
+    student_logits: Logits, targets: Targets, *, k: int = 16, **options: Unpack[Options]
+) -> PerToken:
+    """Returns by how much gaps between the student's logits fall short of the teacher's.
+
+    The mean of max(0, teacher's gap - student's gap) over the pairs of the teacher's k first words
+    of each token, larger first.
+
+    Args:
+        k: 2 or more; at most the vocabulary, or the ids kept.
+
+    Source: see `distill.order`.
+    """
+    return per_token_values('hinge', student_logits, targets, k=k, **options)
+
+
+def ranking_per_token(
+    student_logits: Logits, targets: Targets, *, k: int = 16, **options: Unpack[Options]
+) -> PerToken:
+    """Returns how unlikely the student's logits hold the teacher's order, in nats a pair.
+
+    The mean of log(1 + exp(-student's gap)) over the pairs of the teacher's k first words of each
+    token, larger first.
+
+    Args:
+        k: 2 or more; at most the vocabulary, or the ids kept.
+
+    Source: RankNet, Burges et al. 2005.
+    """
+    return per_token_values('ranking', student_logits, targets, k=k, **options)
 
 
 def cross_entropy_per_token(
-    student_logits: Logits,
-    targets: Targets | Labels,
-    *,
-    mask: Mask = None,
-    temperature: Temperature = 1.0,
-    scale_by_temperature_squared: bool = False,
+    student_logits: Logits, targets: Targets | Labels, **options: Unpack[Options]
 ) -> PerToken:
     """Returns -log student(label), or -sum teacher log student, of each token.
 
@@ -173,17 +185,14 @@ def cross_entropy_per_token(
         targets: ids of labels (arbitrary where masked), or a teacher, whose entropy is then the
             only difference to `forward_kl`.
     """
-    divergence = Divergence('cross_entropy')
-    return _per_token(
-        divergence, student_logits, targets, mask, temperature, scale_by_temperature_squared
-    )
+    return per_token_values('cross_entropy', student_logits, targets, **options)
 
 
 def _reduced(per_token):
     """Returns the mean over unmasked tokens of a per-token divergence, named without suffix."""
 
     @functools.wraps(per_token)
-    def mean(student_logits: Logits, targets: Targets, *, mask: Mask = None, **options) -> Scalar:
+    def mean(student_logits: Logits, targets: Targets, *, mask=None, **options) -> Scalar:
         values = per_token(student_logits, targets, mask=mask, **options)
         count = values.size if mask is None else jnp.sum(mask, dtype=values.dtype)
         return jnp.sum(values) / jnp.maximum(count, 1)
@@ -195,85 +204,13 @@ def _reduced(per_token):
 
 forward_kl = _reduced(forward_kl_per_token)
 reverse_kl = _reduced(reverse_kl_per_token)
+jeffreys = _reduced(jeffreys_per_token)
 jsd = _reduced(jsd_per_token)
 skew_forward_kl = _reduced(skew_forward_kl_per_token)
 skew_reverse_kl = _reduced(skew_reverse_kl_per_token)
+alpha_divergence = _reduced(alpha_divergence_per_token)
+adaptive_kl = _reduced(adaptive_kl_per_token)
 total_variation = _reduced(total_variation_per_token)
+hinge = _reduced(hinge_per_token)
+ranking = _reduced(ranking_per_token)
 cross_entropy = _reduced(cross_entropy_per_token)
-
-
-def _per_token(
-    divergence: Divergence,
-    student_logits: Logits,
-    targets: Targets | Labels,
-    mask: Mask,
-    temperature: Temperature,
-    scale_by_temperature_squared: bool,
-) -> PerToken:
-    _check(student_logits, targets, mask, temperature)
-    temperature = jax.lax.stop_gradient(temperature)
-    student = _wide(student_logits)
-    teacher = _target_logits(targets)
-    if mask is not None:
-        student = jnp.where(mask[..., None], student, 0)
-        teacher = jnp.where(mask[..., None] if teacher.ndim == 3 else mask, teacher, 0)
-    if teacher.ndim == 3:
-        teacher = teacher / temperature
-    values = _over_vocabulary(divergence, student / temperature, jax.lax.stop_gradient(teacher))
-    if mask is not None:
-        values = jnp.where(mask, values, 0)
-    return values * temperature**2 if scale_by_temperature_squared else values
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _over_vocabulary(divergence: Divergence, student: Logits, teacher: Array) -> PerToken:
-    value, _ = _integrand(divergence, log_softmax(student), teacher)
-    return vocabulary_sum(value)[..., 0]
-
-
-@_over_vocabulary.defjvp
-def _over_vocabulary_jvp(divergence, primals, tangents):
-    student, teacher = primals
-    log_p = log_softmax(student)
-    value, h = _integrand(divergence, log_p, teacher)
-    tangent = vocabulary_sum(logits_gradient(log_p, h) * tangents[0])
-    return vocabulary_sum(value)[..., 0], tangent[..., 0]
-
-
-def _integrand(divergence: Divergence, log_p: Logits, teacher: Array) -> Integrand:
-    if teacher.ndim == 3:
-        return divergence.integrand(log_p, log_softmax(teacher))
-    return label_integrand(log_p, jnp.arange(log_p.shape[-1]) == teacher[..., None])
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _target_logits(targets: Targets | Labels) -> Array:
-    """The teacher's logits, in float32 or wider; labels stay as they are."""
-    if isinstance(targets, HiddenTargets):
-        dtype = jnp.promote_types(jnp.result_type(targets.hidden, targets.head), jnp.float32)
-        return jnp.einsum('btd,dv->btv', targets.hidden, targets.head, preferred_element_type=dtype)
-    return _wide(targets.logits) if isinstance(targets, DenseTargets) else targets
-
-
-def _check(
-    student_logits: Logits, targets: Targets | Labels, mask: Mask, temperature: Temperature
-) -> None:
-    shape = student_logits.shape
-    if isinstance(targets, HiddenTargets):
-        received = (*targets.hidden.shape[:2], targets.head.shape[-1])
-    elif isinstance(targets, DenseTargets):
-        received = targets.logits.shape
-    else:
-        received = (*targets.shape, shape[-1])
-    if received != shape:
-        raise InputError(
-            f'The targets must match the student logits, [B, T, V] = {shape}; received {received}. '
-            'Where one vocabulary is a prefix of the other, pad the smaller with logits of -inf.'
-        )
-    if mask is not None and mask.shape != shape[:2]:
-        raise InputError(f'The mask must have shape [B, T] = {shape[:2]}; received {mask.shape}.')
-    if isinstance(temperature, (int, float)) and not temperature > 0:
-        raise InputError(f'The temperature must be positive; received {temperature!r}.')

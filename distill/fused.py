@@ -6,6 +6,7 @@ head: five matrix products a chunk with a teacher, and nothing of the width of t
 outlives it.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,11 +16,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from distill.chunks import TOKENS, VOCAB, Group, Operands, Plan, over_mesh
-from distill.divergences import Targets
-from distill.integrands import Divergence
 from distill.objective import Number, Term, metric_names
+from distill.pairs import FORMS, Targets, require_sound
+from distill.per_token import require_targets
 from distill.schedules import Schedule
-from distill.types import HiddenTargets
+from distill.types import SampledTargets, TopKTargets
 from moe.errors import InputError
 
 DEFAULT_CHUNK_SIZE = 512
@@ -81,19 +82,29 @@ def fused_distillation_loss(
     if mask is None:
         mask = jnp.ones(hidden.shape[:2], bool)
     dtype = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)
-    groups, temperatures = _by_temperature(terms)
+    groups, temperatures = _by_scale(terms)
     squares = _stack(
         [_resolved(t.temperature) ** 2 if t.scale_by_temperature_squared else 1.0 for t in terms],
         dtype,
     )
-    weights = _stack([_resolved(term.weight) for term in terms], dtype) * squares
-    operands = Operands(targets, labels, mask, _stack(temperatures, dtype), weights)
-    results: Any = _weighted_sum(Plan(groups, chunk_size, mesh), hidden, head, operands)
-    total, sums = results
     count = jnp.sum(mask, dtype=jnp.float32)
+    share = 1 / (jnp.maximum(count, 1) if normalizer is None else normalizer)
+    weights = _stack([_resolved(term.weight) for term in terms], dtype) * squares
+    parameters = [_resolved(term.parameter) for term in terms]
+    operands = Operands(
+        targets,
+        labels,
+        mask,
+        temperatures=_stack(temperatures, dtype),
+        # The mean is taken in the weights: scaling the gradients afterwards would copy the head's.
+        weights=weights * share,
+        parameters=_stack([0.0 if number is None else number for number in parameters], dtype),
+    )
+    results: Any = _weighted_sum(Plan(groups, chunk_size, mesh), hidden, head, operands)
+    loss, sums = results
     sums = jax.lax.stop_gradient(sums * squares)
-    metrics = {name: (sums[i], count) for i, name in enumerate(metric_names(terms))}
-    return total / (jnp.maximum(count, 1) if normalizer is None else normalizer), metrics
+    names = metric_names(terms, sampled=isinstance(targets, SampledTargets))
+    return loss, {name: (sums[i], count) for i, name in enumerate(names)}
 
 
 def _resolved(number: Number) -> Any:
@@ -106,18 +117,24 @@ def _stack(numbers: list[Any], dtype: Any) -> Array:
     return jnp.stack([jnp.asarray(number, dtype) for number in numbers])
 
 
-def _by_temperature(terms: tuple[Term, ...]) -> tuple[tuple[Group, ...], list[Any]]:
-    """Groups the terms, by index, under temperatures that are known to be equal."""
-    groups: list[list[tuple[int, Divergence]]] = []
+def _by_scale(terms: tuple[Term, ...]) -> tuple[tuple[Group, ...], list[Any]]:
+    """Groups the terms, by index, whose logits are known to be scaled alike."""
+    groups: list[Group] = []
     temperatures: list[Any] = []
     for index, term in enumerate(terms):
         of = _resolved(term.temperature)
-        known = [i for i, temperature in enumerate(temperatures) if _same(temperature, of)]
+        known = [
+            i
+            for i, (group, temperature) in enumerate(zip(groups, temperatures, strict=True))
+            if _same(temperature, of) and group.standardize == term.standardize
+        ]
         if not known:
-            groups.append([])
+            groups.append(Group((), term.standardize))
             temperatures.append(of)
-        groups[known[0] if known else -1].append((index, term.divergence))
-    return tuple(tuple(group) for group in groups), temperatures
+        at = known[0] if known else -1
+        member = (index, term.divergence)
+        groups[at] = dataclasses.replace(groups[at], terms=(*groups[at].terms, member))
+    return tuple(groups), temperatures
 
 
 def _same(a: object, b: object) -> bool:
@@ -187,12 +204,10 @@ def _check(
         else:
             _require(labels is not None, f'labels for {term.name}', None)
     if targets is not None:
-        if isinstance(targets, HiddenTargets):
-            received = (*targets.hidden.shape[:2], targets.head.shape[-1])
-        else:
-            received = targets.logits.shape
-        hint = '; pad a smaller vocabulary with -inf logits (or leave the student its width)'
-        _require(received == (B, T, V), f'targets of [B, T, V] = {(B, T, V)}', received, hint)
+        require_targets(targets, (B, T, V))
+        kept = targets.ids.shape[-1] if isinstance(targets, TopKTargets) else V
+        temperature = getattr(targets, 'temperature', 1.0)
+        require_sound(terms, FORMS[type(targets)], temperature=temperature, kept=kept)
 
 
 def _check_mesh(mesh: Mesh, B: int, D: int, V: int) -> None:

@@ -11,22 +11,23 @@ know of a divergence. A KL divergence is summed in its generalised form `a log(a
 extra `b - a` sums to zero, makes every entry non-negative, and turns rounding errors of the two
 log-sum-exps into second-order ones, which matters at high temperatures, where the divergence is
 almost zero.
+
+Parameters are numbers, or scalars traced by jit: a schedule's values. All functions are in nats per
+entry, with log-probabilities of -inf for probabilities of zero; where f is infinite, h is finite:
+an entry without a finite pull has none.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-from moe.errors import InputError
+from jaxtyping import Array, Float
 
 Integrand = tuple[Float[Array, '... V'], Float[Array, '... V']]
+Parameter = float | Float[Array, '']
 
 
-def _relative_entropy(log_a: Array, log_b: Array) -> Array:
+def relative_entropy(log_a: Array, log_b: Array) -> Array:
     """`a log(a / b) - a + b` for each entry, 0 log 0 = 0; by its series where a is close to b."""
     a, b = jnp.exp(log_a), jnp.exp(log_b)
     d = log_a - log_b
@@ -36,130 +37,94 @@ def _relative_entropy(log_a: Array, log_b: Array) -> Array:
     return jnp.where(jnp.abs(d) < 0.25, near, far)
 
 
-def _log_mixture(log_a: Array, log_b: Array, share: float) -> Array:
-    """`log(share a + (1 - share) b)`."""
-    return jnp.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
-
-
-def _times(p: Array, factor: Array) -> Array:
-    """`p factor`, and 0 where p is 0 or the factor is infinite: no pull that is not finite."""
-    return jnp.where((p > 0) & jnp.isfinite(factor), p * factor, 0)
-
-
-def _cross_entropy(log_p: Array, log_q: Array) -> Integrand:
+def cross_entropy(log_p: Array, log_q: Array) -> Integrand:
     """f = -q log p, h = -q."""
     q = jnp.exp(log_q)
     return jnp.where(q > 0, -q * log_p, 0), -q
 
 
-def _forward_kl(log_p: Array, log_q: Array) -> Integrand:
+def forward_kl(log_p: Array, log_q: Array) -> Integrand:
     """f = q log(q / p) - q + p, h = p - q."""
-    return _relative_entropy(log_q, log_p), jnp.exp(log_p) - jnp.exp(log_q)
+    return relative_entropy(log_q, log_p), jnp.exp(log_p) - jnp.exp(log_q)
 
 
-def _reverse_kl(log_p: Array, log_q: Array) -> Integrand:
+def reverse_kl(log_p: Array, log_q: Array) -> Integrand:
     """f = p log(p / q) - p + q, h = p log(p / q)."""
-    return _relative_entropy(log_p, log_q), _times(jnp.exp(log_p), log_p - log_q)
+    return relative_entropy(log_p, log_q), _times(jnp.exp(log_p), log_p - log_q)
 
 
-def _jsd(log_p: Array, log_q: Array, beta: float) -> Integrand:
+def jeffreys(log_p: Array, log_q: Array) -> Integrand:
+    """f = (p - q) log(p / q): the sum of both KL divergences."""
+    (there, pull), (back, pull_back) = forward_kl(log_p, log_q), reverse_kl(log_p, log_q)
+    return there + back, pull + pull_back
+
+
+def jsd(log_p: Array, log_q: Array, beta: Parameter) -> Integrand:
     """f = beta KL(q, m) + (1 - beta) KL(p, m) with m = beta q + (1 - beta) p.
 
     dm/dlog p = (1 - beta) p, so what m contributes to h, (1 - beta) p (1 - (beta q + (1 - beta) p)
     / m), vanishes, and h = (1 - beta) p log(p / m).
     """
-    if beta == 0:
-        return _forward_kl(log_p, log_q)
-    if beta == 1:
-        return _reverse_kl(log_p, log_q)
-    log_m = _log_mixture(log_q, log_p, beta)
-    value = beta * _relative_entropy(log_q, log_m) + (1 - beta) * _relative_entropy(log_p, log_m)
-    return value, (1 - beta) * _times(jnp.exp(log_p), log_p - log_m)
+
+    def between(log_p: Array, log_q: Array) -> Integrand:
+        log_m = _log_mixture(log_q, log_p, beta)
+        value = beta * relative_entropy(log_q, log_m) + (1 - beta) * relative_entropy(log_p, log_m)
+        return value, (1 - beta) * _times(jnp.exp(log_p), log_p - log_m)
+
+    return _with_ends({0: forward_kl, 1: reverse_kl}, between, beta, log_p, log_q)
 
 
-def _skew_forward_kl(log_p: Array, log_q: Array, lam: float) -> Integrand:
+def skew_forward_kl(log_p: Array, log_q: Array, lam: Parameter) -> Integrand:
     """f = KL(q, m) with m = lam q + (1 - lam) p; h = (1 - lam) p (1 - q / m)."""
-    if lam == 0:
-        return _forward_kl(log_p, log_q)
-    log_m = _log_mixture(log_q, log_p, lam)
-    pull = _times(jnp.exp(log_p), -jnp.expm1(log_q - log_m))
-    return _relative_entropy(log_q, log_m), (1 - lam) * pull
+
+    def between(log_p: Array, log_q: Array) -> Integrand:
+        log_m = _log_mixture(log_q, log_p, lam)
+        pull = _times(jnp.exp(log_p), -jnp.expm1(log_q - log_m))
+        return relative_entropy(log_q, log_m), (1 - lam) * pull
+
+    return _with_ends({0: forward_kl}, between, lam, log_p, log_q)
 
 
-def _skew_reverse_kl(log_p: Array, log_q: Array, lam: float) -> Integrand:
+def skew_reverse_kl(log_p: Array, log_q: Array, lam: Parameter) -> Integrand:
     """f = KL(p, m) with m = lam p + (1 - lam) q; h = p log(p / m) + lam p (1 - p / m)."""
-    if lam == 0:
-        return _reverse_kl(log_p, log_q)
-    log_m = _log_mixture(log_p, log_q, lam)
-    d = log_p - log_m
-    return _relative_entropy(log_p, log_m), _times(jnp.exp(log_p), d - lam * jnp.expm1(d))
+
+    def between(log_p: Array, log_q: Array) -> Integrand:
+        log_m = _log_mixture(log_p, log_q, lam)
+        d = log_p - log_m
+        return relative_entropy(log_p, log_m), _times(jnp.exp(log_p), d - lam * jnp.expm1(d))
+
+    return _with_ends({0: reverse_kl}, between, lam, log_p, log_q)
 
 
-def _total_variation(log_p: Array, log_q: Array) -> Integrand:
+def alpha_divergence(log_p: Array, log_q: Array, alpha: Parameter) -> Integrand:
+    """f = (alpha q + (1 - alpha) p - q^alpha p^(1 - alpha)) / (alpha (1 - alpha)).
+
+    h = (p - q^alpha p^(1 - alpha)) / alpha. Near p = q, with d = log(q / p), f and h are p times
+    the series of d^n / n! with the coefficients 1 + alpha + ... + alpha^(n - 2) from n = 2, and
+    -alpha^(n - 1) from n = 1.
+    """
+
+    def between(log_p: Array, log_q: Array) -> Integrand:
+        p, q, d = jnp.exp(log_p), jnp.exp(log_q), log_q - log_p
+        log_mean = alpha * log_q + (1 - alpha) * log_p
+        mean = jnp.where((p > 0) & (q > 0), jnp.exp(log_mean), 0)
+        far = (alpha * q + (1 - alpha) * p - mean) / (alpha * (1 - alpha))
+        value = slope = jnp.zeros_like(p)
+        for n in range(8, 1, -1):
+            value = (value + sum(alpha**i for i in range(n - 1))) * d / n
+            slope = (slope + alpha ** (n - 1)) * d / n
+        near = jnp.abs(d) < 0.25
+        pull = jnp.where(near, -p * d * (1 + slope), (p - mean) / alpha)
+        return jnp.where(near, p * value * d, far), pull
+
+    return _with_ends({0: reverse_kl, 1: forward_kl}, between, alpha, log_p, log_q)
+
+
+def total_variation(log_p: Array, log_q: Array) -> Integrand:
     """f = |p - q| / 2, h = p sign(p - q) / 2; the subgradient 0 where they are equal."""
     p = jnp.exp(log_p)
     difference = p - jnp.exp(log_q)
     return jnp.abs(difference) / 2, p * jnp.sign(difference) / 2
-
-
-_INTEGRANDS: dict[str, Callable[..., Integrand]] = {
-    'cross_entropy': _cross_entropy,
-    'forward_kl': _forward_kl,
-    'reverse_kl': _reverse_kl,
-    'jsd': _jsd,
-    'skew_forward_kl': _skew_forward_kl,
-    'skew_reverse_kl': _skew_reverse_kl,
-    'total_variation': _total_variation,
-}
-DIVERGENCES = tuple(_INTEGRANDS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """A divergence by name, with the parameters it takes and no others.
-
-    Attributes:
-        name: one of `DIVERGENCES`.
-        beta: of 'jsd', in [0, 1]: 0 is forward KL, 1 reverse KL.
-        lam: of the skew divergences, in [0, 1): the share of the first distribution in the second.
-    """
-
-    name: str
-    beta: float | None = None
-    lam: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.name not in _INTEGRANDS:
-            known = ', '.join(DIVERGENCES)
-            raise InputError(f'The divergence must be one of {known}; received {self.name!r}.')
-        takes_beta, takes_lam = self.name == 'jsd', self.name.startswith('skew_')
-        for parameter, taken in (('beta', takes_beta), ('lam', takes_lam)):
-            value = getattr(self, parameter)
-            if not taken and value is not None:
-                raise InputError(
-                    f'{self.name} takes no {parameter}; received {value!r}: leave it out.'
-                )
-        if takes_beta and not (isinstance(self.beta, (int, float)) and 0 <= self.beta <= 1):
-            raise InputError(f'The beta of {self.name} must be in [0, 1]; received {self.beta!r}.')
-        if takes_lam and not (isinstance(self.lam, (int, float)) and 0 <= self.lam < 1):
-            raise InputError(f'The lam of {self.name} must be in [0, 1); received {self.lam!r}.')
-
-    def integrand(
-        self, log_p: Float[Array, '... V'], log_q: Float[Array, '... V'] | Int[Array, '...']
-    ) -> Integrand:
-        """Returns `(f, h)`: what is summed over the vocabulary, and its derivative in `log_p`.
-
-        Args:
-            log_p: the student's log-probabilities; -inf is a probability of zero.
-            log_q: the teacher's.
-
-        Returns:
-            Both in nats per entry. Where f is infinite (mass on what the other side holds
-            impossible), h is finite: an entry without a finite pull has none.
-        """
-        parameter = self.beta if self.name == 'jsd' else self.lam
-        extra = () if parameter is None else (parameter,)
-        return _INTEGRANDS[self.name](log_p, log_q, *extra)
 
 
 def label_integrand(log_p: Float[Array, '... V'], is_label: Array) -> Integrand:
@@ -167,21 +132,25 @@ def label_integrand(log_p: Float[Array, '... V'], is_label: Array) -> Integrand:
     return jnp.where(is_label, -log_p, 0), -is_label.astype(log_p.dtype)
 
 
-def log_softmax(logits: Float[Array, '... V'], axis_name: str | None = None) -> Array:
-    """Normalises logits to log-probabilities, over a vocabulary split on `axis_name` if given."""
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    if axis_name is not None:
-        peak = jax.lax.pmax(peak, axis_name)
-    shifted = logits - peak
-    return shifted - jnp.log(vocabulary_sum(jnp.exp(shifted), axis_name))
+def _with_ends(
+    ends: dict[int, Callable[..., Integrand]],
+    between: Callable[..., Integrand],
+    parameter: Parameter,
+    log_p: Array,
+    log_q: Array,
+) -> Integrand:
+    """Takes what is defined apart at the ends of a parameter's range; computes the one needed."""
+    if isinstance(parameter, (int, float)):
+        return ends.get(parameter, between)(log_p, log_q)  # type: ignore
+    index = sum((parameter == end) * (i + 1) for i, end in enumerate(ends))
+    return jax.lax.switch(index, (between, *ends.values()), log_p, log_q)
 
 
-def vocabulary_sum(values: Float[Array, '... V'], axis_name: str | None = None) -> Array:
-    """Sums over the vocabulary, split on `axis_name` if given; keeps the dimension."""
-    total = jnp.sum(values, axis=-1, keepdims=True)
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
+def _log_mixture(log_a: Array, log_b: Array, share: Parameter) -> Array:
+    """`log(share a + (1 - share) b)`."""
+    return jnp.logaddexp(log_a + jnp.log(share), log_b + jnp.log1p(-share))
 
 
-def logits_gradient(log_p: Array, h: Array, axis_name: str | None = None) -> Array:
-    """Returns `h - p sum(h)`: the gradient in the logits of a sum with derivative h in log p."""
-    return h - jnp.exp(log_p) * vocabulary_sum(h, axis_name)
+def _times(p: Array, factor: Array) -> Array:
+    """`p factor`, and 0 where p is 0 or the factor is infinite: no pull that is not finite."""
+    return jnp.where((p > 0) & jnp.isfinite(factor), p * factor, 0)

@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from distill.integrands import Divergence
+from distill.algebra import PARAMETERS, SPECS, Divergence
 from distill.schedules import Schedule, value_at
 from moe.errors import InputError
-
-DEFAULT_BETA = 0.5
-DEFAULT_LAM = 0.1
 
 Number = float | Schedule | Float[Array, '']
 
@@ -21,13 +20,20 @@ class Term:
 
     Attributes:
         name: 'cross_entropy' (against the labels: the one term that needs no teacher),
-            'forward_kl', 'reverse_kl', 'jsd', 'skew_forward_kl', 'skew_reverse_kl' or
-            'total_variation'.
+            'forward_kl', 'reverse_kl', 'jsd', 'skew_forward_kl', 'skew_reverse_kl', 'jeffreys',
+            'alpha_divergence', 'adaptive_kl', 'total_variation', 'hinge' or 'ranking'.
         weight: zero or more; a number or a `Schedule`.
         temperature: divides the logits of both sides; positive; a number or a `Schedule`.
         scale_by_temperature_squared: whether T^2 multiplies the divergence.
-        beta: of 'jsd' alone, in [0, 1]; 0.5 if not given.
-        lam: of the skew divergences alone, in [0, 1); 0.1 if not given.
+        standardize: whether the logits of both sides are brought to mean 0 and deviation 1 before
+            the temperature divides them, so that no student need match its teacher's scale.
+        beta: of 'jsd' alone, in [0, 1]; 0.5 if not given; a number or a `Schedule`.
+        lam: of the skew divergences alone, in [0, 1); 0.1 if not given; a number or a `Schedule`.
+        alpha: of 'alpha_divergence' alone, in [0, 1]; 0.5 if not given; a number or a `Schedule`.
+        mu: of 'adaptive_kl' alone, in (0, 1); 0.5 if not given; a number or a `Schedule`.
+        k: of 'hinge' and 'ranking' alone, a whole number of 2 or more; 16 if not given.
+
+    Source: standardize: arXiv 2403.01427; the divergences' are told with their functions.
     """
 
     name: str
@@ -35,23 +41,44 @@ class Term:
     weight: Number = 1.0
     temperature: Number = 1.0
     scale_by_temperature_squared: bool = False
-    beta: float | None = None
-    lam: float | None = None
+    standardize: bool = False
+    beta: Number | None = None
+    lam: Number | None = None
+    alpha: Number | None = None
+    mu: Number | None = None
+    k: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.divergence
-        _check(self.weight, lambda x: x >= 0, f'The weight of {self.name}', 'zero or more')
-        _check(self.temperature, lambda x: x > 0, f'The temperature of {self.name}', 'positive')
+        spec = SPECS[Divergence(self.name).name]
+        for name in PARAMETERS:
+            value = getattr(self, name)
+            if name != spec.parameter and value is not None:
+                raise InputError(f'{self.name} takes no {name}; received {value!r}: leave it out.')
+        if spec.parameter is not None:
+            what = f'The {spec.parameter} of {self.name}'
+            check_number(self.parameter, spec.valid, what, spec.required)
+        if self.standardize and not self.needs_teacher:
+            raise InputError(
+                f'{self.name} takes no standardize: labels have no scale to be freed from; leave '
+                'it out.'
+            )
+        check_number(self.weight, lambda x: x >= 0, f'The weight of {self.name}', 'zero or more')
+        check_number(
+            self.temperature, lambda x: x > 0, f'The temperature of {self.name}', 'positive'
+        )
 
     @property
     def divergence(self) -> Divergence:
-        """The divergence alone, with defaults filled in and everything validated."""
-        beta, lam = self.beta, self.lam
-        if self.name == 'jsd' and beta is None:
-            beta = DEFAULT_BETA
-        if self.name in ('skew_forward_kl', 'skew_reverse_kl') and lam is None:
-            lam = DEFAULT_LAM
-        return Divergence(self.name, beta=beta, lam=lam)
+        """The divergence alone, with its parameter where that is a number."""
+        parameter = self.parameter
+        return Divergence(self.name, parameter if isinstance(parameter, (int, float)) else None)
+
+    @property
+    def parameter(self) -> Any:
+        """The value of the divergence's parameter, its default if not given; None without one."""
+        spec = SPECS[self.name]
+        given = None if spec.parameter is None else getattr(self, spec.parameter)
+        return spec.default if given is None else given
 
     @property
     def needs_teacher(self) -> bool:
@@ -60,14 +87,13 @@ class Term:
 
     def at(self, step: Int[Array, ''] | int) -> 'Term':
         """Returns the term with its schedules' values at a step, which may be traced."""
+        scheduled = ('weight', 'temperature', *PARAMETERS)
         return dataclasses.replace(
-            self,
-            weight=value_at(self.weight, step),
-            temperature=value_at(self.temperature, step),
+            self, **{name: value_at(getattr(self, name), step) for name in scheduled}
         )
 
 
-def _check(value: Number, valid, what: str, required: str) -> None:
+def check_number(value: Number, valid: Callable[[Any], bool], what: str, required: str) -> None:
     """Checks numbers and both ends of schedules; arrays, resolved inside jit, are not looked at."""
     if isinstance(value, Schedule):
         checked = value.bounds
@@ -109,8 +135,13 @@ class Objective:
         return tuple(term.at(step) for term in self.terms)
 
 
-def metric_names(terms: tuple[Term, ...]) -> tuple[str, ...]:
-    """Returns a distinct name for each term: its own, numbered from the second of a name on."""
-    names = [term.name for term in terms]
+def metric_names(terms: tuple[Term, ...], *, sampled: bool = False) -> tuple[str, ...]:
+    """Returns a distinct name for each term: its own, numbered from the second of a name on.
+
+    On samples of the teacher, forward KL is known up to the teacher's entropy alone: it is named
+    for what it is, 'teacher_cross_entropy'.
+    """
+    known = {'forward_kl': 'teacher_cross_entropy'} if sampled else {}
+    names = [known.get(term.name, term.name) for term in terms]
     counts = [names[:i].count(name) for i, name in enumerate(names)]
     return tuple(f'{n}_{c + 1}' if c else n for n, c in zip(names, counts, strict=True))

@@ -2,8 +2,12 @@
 
     python -m experiments.benchmark moe     a MoE layer beside a dense MLP of equal active FLOPs
     python -m experiments.benchmark loss    the fused head and KL beside its bare matrix products
+<<<<<<< HEAD
     python -m experiments.benchmark decode  tokens a second beside memory's speed and transformers
     python -m experiments.benchmark load    a published model's loading beside its largest tensor
+=======
+    python -m experiments.benchmark step    a distillation step beside its bare matrix products
+>>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 
 Figures are printed, and written with --json=PATH as rows of name, value, unit, reference, ratio and
 conditions. The ratio is the share of the reference's rate, 1.0 is as fast; of memory, the share of
@@ -22,9 +26,14 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli
+<<<<<<< HEAD
 from experiments.benchmark_decode import decode_rows
 from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import ROWS, loss_rows
+=======
+from experiments.benchmark_loss import ROWS, loss_rows, memory_rows
+from experiments.benchmark_step import step_rows, student_config, teacher_config
+>>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 from experiments.timing import interleaved_medians
 from moe.config import Dispatch, MoEConfig, RouterConfig
 from moe.errors import InputError
@@ -33,10 +42,10 @@ from moe.layers import GatedMLP
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures as JSON rows.')
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Timed rounds; the median counts.', lower_bound=1)
-_TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens a step.', lower_bound=1)
+_TOKENS = flags.DEFINE_integer('tokens', 4096, 'moe, loss: tokens.', lower_bound=1)
 _WIDTH = flags.DEFINE_integer('width', 512, 'moe: D, the width of the model.', lower_bound=1)
 _EXPERTS = flags.DEFINE_list('experts', ['8', '64'], 'moe: the numbers of experts E.')
-_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'loss: V.', lower_bound=1)
+_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'loss, step: V.', lower_bound=1)
 
 # (K, F): few coarse experts a token, few fine ones, many fine ones.
 EXPERT_SHAPES = ((2, 256), (2, 1024), (8, 256))
@@ -140,9 +149,11 @@ def _moe() -> Iterator[Row]:
 def _loss() -> list[Row]:
     if _TOKENS.value % ROWS:
         raise InputError(f'--tokens must be a multiple of {ROWS}; received {_TOKENS.value}.')
-    return loss_rows(tokens=_TOKENS.value, vocab_size=_VOCAB_SIZE.value, repeats=_REPEATS.value)
+    sizes = {'tokens': _TOKENS.value, 'vocab_size': _VOCAB_SIZE.value}
+    return [*loss_rows(**sizes, repeats=_REPEATS.value), *memory_rows()]
 
 
+<<<<<<< HEAD
 def _decode() -> Iterator[Row]:
     return decode_rows(repeats=_REPEATS.value)
 
@@ -153,6 +164,15 @@ COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {
     'decode': _decode,
     'load': load_rows,
 }
+=======
+def _step() -> list[Row]:
+    vocab_size = _VOCAB_SIZE.value
+    models = teacher_config(vocab_size), student_config(vocab_size)
+    return step_rows(*models, repeats=_REPEATS.value)
+
+
+COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {'moe': _moe, 'loss': _loss, 'step': _step}
+>>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 
 
 def main(command: str) -> None:

@@ -1,5 +1,6 @@
 """Figures of the fused head and divergence beside its bare matrix products and the plain loss."""
 
+import functools
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.divergences import forward_kl
-from distill.fused import fused_distillation_loss
+from distill.fused import DEFAULT_CHUNK_SIZE, fused_distillation_loss
 from distill.objective import Term
 from distill.types import HiddenTargets
 from experiments.timing import interleaved_medians
@@ -40,14 +41,15 @@ def loss_rows(
         repeats: timed rounds; the median counts.
 
     Returns:
-        For 'fused' and 'plain', a row of the rate in GFLOP/s against that of the bare products, and
-        a row of the peak temporary memory in GB (of the compiled program) against the plain form's.
+        For 'fused', 'fused_kl_ce' (cross-entropy in the same pass) and 'plain', a row of the rate
+        in GFLOP/s against that of the bare products, and a row of the peak temporary memory in GB
+        (of the compiled program) against the plain form's; and the milliseconds of 'fused' against
+        the plain form's.
     """
     arguments = _arguments(tokens, vocab_size, student_dim, teacher_dim)
-    forms = {
-        'products': _products,
-        'fused': jax.value_and_grad(_fused, argnums=(0, 1)),
-        'plain': jax.value_and_grad(_plain, argnums=(0, 1)),
+    forms = {'products': _products} | {
+        name: jax.value_and_grad(form, argnums=(0, 1))
+        for name, form in (('fused', _fused), ('fused_kl_ce', _fused_kl_ce), ('plain', _plain))
     }
     compiled = {name: jax.jit(f).lower(*arguments).compile() for name, f in forms.items()}
     functions: dict[str, Callable[[], Any]] = {
@@ -63,14 +65,50 @@ def loss_rows(
         f'jax {jax.__version__}; reference: '
     )
     rows = []
-    for form in ('fused', 'plain'):
+    for form in ('fused', 'fused_kl_ce', 'plain'):
         rows += [
             _row(
                 f'loss/{form}', 'GFLOP/s', rates[form], rates['products'], conditions + 'products'
             ),
             _row(f'loss/{form}/memory', 'GB', memory[form], memory['plain'], conditions + 'plain'),
         ]
-    return rows
+    milliseconds = {name: elapsed * 1e3 for name, elapsed in seconds.items()}
+    row = _row(
+        'loss/fused/time', 'ms', milliseconds['fused'], milliseconds['plain'], conditions + 'plain'
+    )
+    # Of times the ratio is that of the rates.
+    return [*rows, row | {'ratio': 1 / row['ratio']}]
+
+
+def memory_rows(
+    *, tokens: int = 4096, vocab_size: int = 128_256, dim: int = 2048, chunk_size: int = 64
+) -> list[Row]:
+    """Compiles, and does not run, head + forward KL at a size that few machines could run plainly.
+
+    Args:
+        tokens: a multiple of 8, in rows of tokens / 8.
+        vocab_size: `V`.
+        dim: width of both student and teacher.
+        chunk_size: tokens whose logits exist at one time in the fused form.
+
+    Returns:
+        A row of the fused form's peak temporary memory in GB against the plain form's.
+    """
+    shapes = [(ROWS, tokens // ROWS, dim), (dim, vocab_size)] * 2
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    fused, plain = (
+        _temporary_bytes(jax.jit(gradient).lower(*arguments).compile()) / 1e9
+        for gradient in (
+            jax.value_and_grad(form, argnums=(0, 1))
+            for form in (functools.partial(_fused, chunk_size=chunk_size), _plain)
+        )
+    )
+    conditions = (
+        f'compiled alone, forward+backward, {tokens} tokens, V={vocab_size}, D={dim} of both, '
+        f'chunks of {chunk_size}, float32; {jax.devices()[0].device_kind}, {platform.machine()}, '
+        f'jax {jax.__version__}; reference: plain'
+    )
+    return [_row(f'loss/fused/memory/V{vocab_size}', 'GB', fused, plain, conditions)]
 
 
 def _temporary_bytes(program: Any) -> int:
@@ -98,8 +136,18 @@ def _arguments(tokens: int, vocab_size: int, *dims: int) -> list[jax.Array]:
     return arrays
 
 
-def _fused(hidden: jax.Array, head: jax.Array, *teacher: jax.Array) -> jax.Array:
-    return fused_distillation_loss(hidden, head, HiddenTargets(*teacher), (Term('forward_kl'),))[0]
+def _fused(
+    hidden: jax.Array, head: jax.Array, *teacher: jax.Array, chunk_size: int = DEFAULT_CHUNK_SIZE
+) -> jax.Array:
+    return fused_distillation_loss(
+        hidden, head, HiddenTargets(*teacher), (Term('forward_kl'),), chunk_size=chunk_size
+    )[0]
+
+
+def _fused_kl_ce(hidden: jax.Array, head: jax.Array, *teacher: jax.Array) -> jax.Array:
+    terms = (Term('forward_kl', weight=0.9), Term('cross_entropy', weight=0.1))
+    labels = jnp.zeros(hidden.shape[:2], int)
+    return fused_distillation_loss(hidden, head, HiddenTargets(*teacher), terms, labels=labels)[0]
 
 
 def _plain(hidden: jax.Array, head: jax.Array, *teacher: jax.Array) -> jax.Array:

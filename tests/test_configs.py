@@ -16,7 +16,11 @@ from configs import base
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Term
 from distill.optimizer import OptimizerConfig
+<<<<<<< HEAD
 from experiments.init_config import InitConfig
+=======
+from distill.schedules import Schedule
+>>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 from experiments.study import (
     ControlConfig,
     EvaluateConfig,
@@ -150,6 +154,22 @@ def test_a_config_file_can_set_a_mapping_that_is_none():
     model = build_study(config).teacher.model
     assert model.moe.expert_dim == 48
     assert model.attention.rope_scaling == Llama3Scaling(4.0, 512, 2.0)
+
+
+def test_a_config_file_can_set_schedules():
+    config = base.get_config()
+    config.student.terms.kl = base.term(
+        'jsd',
+        weight=2,
+        beta=base.schedule('linear', 0.0, 0.5, 100),
+        temperature=base.schedule('cosine', 2, 1, 50),
+    )
+    assert build_study(config).student.terms['kl'] == Term(
+        'jsd',
+        weight=2.0,
+        beta=Schedule('linear', 0.0, 0.5, 100),
+        temperature=Schedule('cosine', 2.0, 1.0, 50),
+    )
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)

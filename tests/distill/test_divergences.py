@@ -22,9 +22,14 @@ CASES = [
     ('jsd', {'beta': 0.3}),
     ('skew_forward_kl', {'lam': 0.1}),
     ('skew_reverse_kl', {'lam': 0.4}),
+    ('jeffreys', {}),
+    ('alpha_divergence', {'alpha': 0.3}),
+    ('adaptive_kl', {'mu': 0.6}),
     ('total_variation', {}),
 ]
 IDS = [name for name, _ in CASES]
+# Total variation has kinks, and the gradient of adaptive KL leaves its weights out.
+SMOOTH = set(IDS) - {'adaptive_kl', 'total_variation'}
 
 
 def log_softmax(logits, temperature=1.0):
@@ -44,8 +49,36 @@ def mixture(log_a, log_b, share):
     return np.logaddexp(log_a + np.log(share), log_b + np.log(1 - share))
 
 
-def reference(name, student, teacher, *, temperature=1.0, beta=None, lam=None):
+def adaptive_share(log_p, log_q, mu):
+    """The share of |p - q| on the teacher's head, by sorting; probabilities are distinct."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    order = np.argsort(-q, -1)
+    gaps, sorted_q = (np.take_along_axis(x, order, -1) for x in (np.abs(p - q), q))
+    head = np.cumsum(sorted_q, -1) <= mu
+    head[..., 0] = True
+    return np.where(head, gaps, 0).sum(-1) / gaps.sum(-1)
+
+
+def reference(
+    name,
+    student,
+    teacher,
+    *,
+    temperature=1.0,
+    beta=None,
+    lam=None,
+    alpha=None,
+    mu=None,
+    share=None,
+):
     p, q = log_softmax(student, temperature), log_softmax(teacher, temperature)
+    if name == 'jeffreys':
+        return kl(q, p) + kl(p, q)
+    if name == 'alpha_divergence':
+        return (1 - np.exp(alpha * q + (1 - alpha) * p).sum(-1)) / (alpha * (1 - alpha))
+    if name == 'adaptive_kl':
+        share = adaptive_share(p, q, mu) if share is None else share
+        return share * kl(q, p) + (1 - share) * kl(p, q)
     if name == 'cross_entropy':
         return kl(q, p) - kl(q, np.zeros_like(q))
     if name == 'forward_kl':
@@ -65,6 +98,10 @@ def reference(name, student, teacher, *, temperature=1.0, beta=None, lam=None):
 def reference_gradient(name, student, teacher, **options):
     """Central differences of the reference, 0 where a student logit is -inf."""
     gradient = np.zeros(student.shape)
+    if name == 'adaptive_kl':
+        temperature = options.get('temperature', 1.0)
+        logs = log_softmax(student, temperature), log_softmax(teacher, temperature)
+        options = options | {'share': adaptive_share(*logs, options['mu'])}
     for v in range(student.shape[-1]):
         step = np.zeros(student.shape[-1])
         step[v] = 1e-5
@@ -115,6 +152,16 @@ WORKED = [
     # m = (1/5) p + (4/5) q = (7/10, 3/10)
     ('skew_reverse_kl', {'lam': 0.2}, 0.5 * log(5 / 7) + 0.5 * log(5 / 3)),
     ('total_variation', {}, 0.25),
+    ('jeffreys', {}, 0.25 * log(3)),
+    # 4 (1 - (sqrt(3/8) + sqrt(1/8)))
+    ('alpha_divergence', {'alpha': 0.5}, 4 * (1 - (3 / 8) ** 0.5 - (1 / 8) ** 0.5)),
+    ('alpha_divergence', {'alpha': 1.0}, 0.75 * log(3 / 2) + 0.25 * log(1 / 2)),
+    ('alpha_divergence', {'alpha': 0.0}, 0.5 * log(2 / 3) + 0.5 * log(2)),
+    # The head is the first word alone, and the gaps are 1/4 and 1/4: half of Jeffreys.
+    ('adaptive_kl', {'mu': 0.8}, 0.125 * log(3)),
+    # One pair; the teacher's gap is ln 3, the student's 0.
+    ('hinge', {'k': 2}, log(3)),
+    ('ranking', {'k': 2}, log(2)),
 ]
 
 
@@ -239,13 +286,145 @@ def test_minus_infinity_on_one_side(name, options, side):
     values, gradient = value_and_gradient(name, student, teacher, **options)
     expected = reference(name, student, teacher, **options)
     # The student denies what the teacher says, or says what the teacher denies.
-    denied = name in (('forward_kl', 'cross_entropy') if side == 'student' else ('reverse_kl',))
+    denied = name in (
+        ('forward_kl', 'cross_entropy', 'jeffreys', 'adaptive_kl')
+        if side == 'student'
+        else ('reverse_kl', 'jeffreys', 'adaptive_kl')
+    )
     assert np.isinf(expected).all() == denied
     np.testing.assert_allclose(values, expected, rtol=2e-5)
     assert np.isfinite(gradient).all()
     if not denied:
         slope = reference_gradient(name, student, teacher, **options)
         np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+
+
+def test_alpha_goes_from_reverse_to_forward_kl():
+    student, teacher = logits_pair(13)
+    for alpha, name in ((0.0, 'reverse_kl'), (1.0, 'forward_kl')):
+        end = value_and_gradient('alpha_divergence', student, teacher, alpha=alpha)
+        for a, b in zip(end, value_and_gradient(name, student, teacher), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        near = value_and_gradient('alpha_divergence', student, teacher, alpha=abs(alpha - 1e-3))
+        np.testing.assert_allclose(near[0], end[0], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ('name', 'parameter', 'values'),
+    [
+        ('jsd', 'beta', (0.0, 0.3, 1.0)),
+        ('skew_forward_kl', 'lam', (0.0, 0.4)),
+        ('skew_reverse_kl', 'lam', (0.0, 0.4)),
+        ('alpha_divergence', 'alpha', (0.0, 0.3, 1.0)),
+    ],
+)
+def test_parameters_may_be_traced_ends_included(name, parameter, values):
+    student, teacher = logits_pair(14)
+    traced = jax.jit(lambda x: value_and_gradient_traced(name, student, teacher, parameter, x))
+    for value in values:
+        static = value_and_gradient(name, student, teacher, **{parameter: value})
+        for a, b in zip(traced(value), static, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
+
+
+def value_and_gradient_traced(name, student, teacher, parameter, value):
+    def total(student):
+        per_token = getattr(distill, f'{name}_per_token')
+        values = per_token(student, DenseTargets(teacher), **{parameter: value})
+        return values.sum(), values
+
+    (_, values), gradient = jax.value_and_grad(total, has_aux=True)(jnp.asarray(student))
+    return values, gradient
+
+
+def test_the_head_of_adaptive_kl():
+    # q = (0.5, 0.3, 0.15, 0.05), p = (0.4, 0.1, 0.2, 0.3): gaps 0.1, 0.2, 0.05, 0.25.
+    q, p = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.4, 0.1, 0.2, 0.3])
+    forward, reverse = (q * np.log(q / p)).sum(), (p * np.log(p / q)).sum()
+    # Words of the head by mu: the first whatever it holds, then what fits.
+    for mu, inside in ((0.3, 0.1), (0.51, 0.1), (0.81, 0.3), (0.96, 0.35)):
+        share = inside / 0.6
+        value = distill.adaptive_kl(
+            np.log(p)[None, None].astype(np.float32),
+            DenseTargets(np.log(q)[None, None].astype(np.float32)),
+            mu=mu,
+        )
+        np.testing.assert_allclose(value, share * forward + (1 - share) * reverse, rtol=1e-5)
+
+
+def order_reference(name, student, teacher, k, temperature=1.0):
+    """The mean over the pairs of the teacher's k first words, one by one."""
+    values = np.zeros(student.shape[:2])
+    for at in np.ndindex(*student.shape[:2]):
+        first = np.argsort(-teacher[at])[:k]
+        losses = []
+        for a in range(k):
+            for b in range(a + 1, k):
+                i, j = first[a], first[b]
+                s = (student[at][i] - student[at][j]) / temperature
+                t = (teacher[at][i] - teacher[at][j]) / temperature
+                losses.append(max(0, t - s) if name == 'hinge' else np.log1p(np.exp(-s)))
+        values[at] = np.mean(losses)
+    return values
+
+
+@pytest.mark.parametrize('name', ['hinge', 'ranking'])
+def test_losses_of_order(name):
+    student, teacher = (x.astype(np.float64) for x in logits_pair(15))
+    for options in ({'k': 4}, {'k': 7, 'temperature': 2.5}):
+        values, gradient = value_and_gradient(name, *logits_pair(15), **options)
+        expected = order_reference(name, student, teacher, **options)
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+        slope = np.zeros(student.shape)
+        for v in range(7):
+            step = np.eye(7)[v] * 1e-6
+            up = order_reference(name, student + step, teacher, **options)
+            down = order_reference(name, student - step, teacher, **options)
+            slope[..., v] = (up - down) / 2e-6
+        np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+    # Only what the teacher holds possible is in an order; equal logits are in none.
+    teacher = np.array([[[2.0, -np.inf, 2.0, 0.0]]], np.float32)
+    student = np.array([[[1.0, 9.0, 0.5, -np.inf]]], np.float32)
+    values, gradient = value_and_gradient(name, student, teacher, k=4)
+    np.testing.assert_array_equal(values, 0)
+    np.testing.assert_allclose(gradient, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', ['forward_kl', 'jsd', 'hinge'])
+def test_standardized_logits(name):
+    student, teacher = logits_pair(16)
+    options = {'k': 4} if name == 'hinge' else {'beta': 0.3} if name == 'jsd' else {}
+
+    def expected(student, teacher):
+        def z(x):
+            return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+
+        s, t = (z(np.asarray(x, np.float64)) for x in (student, teacher))
+        if name == 'hinge':
+            return order_reference(name, s, t, temperature=0.5, **options)
+        return reference(name, s, t, temperature=0.5, **options)
+
+    values, gradient = value_and_gradient(
+        name, student, teacher, temperature=0.5, standardize=True, **options
+    )
+    np.testing.assert_allclose(values, expected(student, teacher), rtol=1e-4)
+    # Neither side's scale and level matter.
+    moved, _ = value_and_gradient(
+        name, 3 * student + 1, teacher / 7, temperature=0.5, standardize=True, **options
+    )
+    np.testing.assert_allclose(moved, values, rtol=1e-4)
+    wide = student.astype(np.float64)
+    for v in range(7):
+        step = np.eye(7)[v] * 1e-5
+        slope = (expected(wide + step, teacher) - expected(wide - step, teacher)) / 2e-5
+        np.testing.assert_allclose(gradient[..., v], slope, rtol=1e-3, atol=1e-5)
+    # A padded vocabulary is no part of the mean.
+    pad = [(0, 0), (0, 0), (0, 2)]
+    padded = [np.pad(x, pad, constant_values=-np.inf) for x in (student, teacher)]
+    again, pulled = value_and_gradient(name, *padded, temperature=0.5, standardize=True, **options)
+    np.testing.assert_allclose(again, values, rtol=1e-5)
+    np.testing.assert_allclose(pulled[..., :7], gradient, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(pulled[..., 7:], 0)
 
 
 def test_disjoint_supports():
@@ -317,7 +496,8 @@ def test_gradients_in_both_modes_to_float64():
         @jax.jit
         def losses(student):
             options = {'targets': DenseTargets(teacher), 'temperature': 1.7}
-            return [getattr(distill, name)(student, **options, **o) for name, o in CASES[:-1]]
+            smooth = [(name, o) for name, o in CASES if name in SMOOTH]
+            return [getattr(distill, name)(student, **options, **o) for name, o in smooth]
 
         check_grads(losses, (student,), order=1, atol=1e-6, rtol=1e-6)
 
@@ -354,6 +534,10 @@ def test_bad_input_is_refused():
         (lambda: distill.forward_kl(student, DenseTargets(teacher), temperature=0), 'temperature'),
         (lambda: distill.jsd(student, DenseTargets(teacher), beta=1.5), 'beta'),
         (lambda: distill.skew_forward_kl(student, DenseTargets(teacher), lam=1.0), 'lam'),
+        (lambda: distill.adaptive_kl(student, DenseTargets(teacher), mu=1.0), r'mu .* in \(0, 1\)'),
+        (lambda: distill.alpha_divergence(student, DenseTargets(teacher), alpha=2.0), 'alpha'),
+        (lambda: distill.hinge(student, DenseTargets(teacher), k=1), '2 or more'),
+        (lambda: distill.hinge(student, DenseTargets(teacher), k=8), 'k=8 .* received 7'),
     ]
     for call, message in cases:
         with pytest.raises(errors.InputError, match=message):

@@ -10,7 +10,17 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distill import DenseTargets, HiddenTargets, Schedule, Term, fused_distillation_loss
+import distill
+from distill import (
+    DenseTargets,
+    HiddenTargets,
+    SampledTargets,
+    Schedule,
+    Term,
+    TopKTargets,
+    fused_distillation_loss,
+)
+from distill.objective import metric_names
 from moe.errors import InputError
 
 B, T, D, Dt, V = 8, 7, 8, 6, 24
@@ -23,6 +33,29 @@ EVERY_TERM = (
     Term('skew_reverse_kl', lam=0.4, weight=0.2),
     Term('total_variation', temperature=1.5),
 )
+# Those that the naive loss leaves to the plain functions, which have references of their own.
+MORE_TERMS = (
+    Term('jeffreys', temperature=2.0),
+    Term('alpha_divergence', alpha=0.3, weight=0.4),
+    Term('adaptive_kl', mu=0.4),
+    Term('hinge', k=5, temperature=1.5),
+    Term('ranking', k=4, weight=2.0),
+    Term('skew_forward_kl', standardize=True, temperature=0.7, scale_by_temperature_squared=True),
+    Term('cross_entropy', temperature=1.3),
+)
+OF_TOP_K = (
+    Term('cross_entropy', weight=0.7, temperature=1.5),
+    *(Term(name) for name in ('forward_kl', 'reverse_kl', 'jsd', 'skew_reverse_kl')),
+    *(Term(name) for name in ('jeffreys', 'alpha_divergence', 'adaptive_kl', 'total_variation')),
+    Term('hinge', k=5, weight=0.3),
+)
+OF_SAMPLES = (Term('forward_kl', weight=0.8), Term('cross_entropy', weight=0.2))
+FORMS = {
+    'hidden': MORE_TERMS,
+    'dense': MORE_TERMS,
+    'top_k': OF_TOP_K,
+    'sampled': OF_SAMPLES,
+}
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 4, 2)]
 
 
@@ -48,7 +81,7 @@ def naive_term(term, student, teacher, labels):
     def kl(a, b):
         return jnp.sum(a * (jnp.log(a) - jnp.log(b)), -1)
 
-    beta, lam = term.divergence.beta, term.divergence.lam
+    beta = lam = term.parameter
     values = {
         'cross_entropy': lambda: -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0],
         'forward_kl': lambda: kl(q, p),
@@ -90,6 +123,16 @@ def expected(terms, masked=True):
 
 def targets_of(form):
     x = problem()
+    logits = x['teacher_hidden'] @ x['teacher_head']
+    if form == 'top_k':
+        log_q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ids = np.argsort(-log_q, -1)[..., :6]
+        kept = np.take_along_axis(log_q, ids, -1)
+        tail = np.log(1 - np.exp(kept).sum(-1))
+        return TopKTargets(jnp.asarray(ids), jnp.float32(kept), jnp.float32(tail))
+    if form == 'sampled':
+        ids = np.random.default_rng(1).integers(0, V, (B, T, 6))
+        return SampledTargets(jnp.asarray(ids), jnp.asarray(ids % 4))
     if form == 'hidden':
         return HiddenTargets(*(jnp.float32(x[k]) for k in ('teacher_hidden', 'teacher_head')))
     return DenseTargets(jnp.float32(x['teacher_hidden'] @ x['teacher_head']))
@@ -107,13 +150,40 @@ def fused(terms, form='hidden', **options):
     return f(jnp.float32(x['hidden']), jnp.float32(x['head']), targets_of(form))
 
 
+@functools.cache
+def expected_by_plain(form):
+    """Loss, sums and gradients by the plain functions of the logits, on one device."""
+    x, terms, targets = problem(), FORMS[form], targets_of(form)
+
+    def loss(hidden, head):
+        sums = []
+        for term in terms:
+            parameter = distill.algebra.SPECS[term.name].parameter
+            values = getattr(distill, f'{term.name}_per_token')(
+                hidden @ head,
+                targets if term.needs_teacher else jnp.asarray(x['labels']),
+                mask=jnp.asarray(x['mask']),
+                temperature=term.temperature,
+                scale_by_temperature_squared=term.scale_by_temperature_squared,
+                standardize=term.standardize,
+                **({} if parameter is None else {parameter: term.parameter}),
+            )
+            sums.append(values.sum())
+        weighed = sum(t.weight * s for t, s in zip(terms, sums, strict=True))
+        return weighed / x['mask'].sum(), sums
+
+    f = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return jax.tree.map(np.asarray, f(jnp.float32(x['hidden']), jnp.float32(x['head'])))
+
+
 def assert_equal(result, reference, terms, count):
     (loss, metrics), gradients = result
     (expected_loss, expected_sums), expected_gradients = reference
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    assert len(metrics) == len(terms)
-    for term, expected_sum in zip(terms, expected_sums, strict=True):
-        total, weight = metrics[term.name]
+    names = metric_names(terms, sampled='teacher_cross_entropy' in metrics)
+    assert set(metrics) == set(names)
+    for name, expected_sum in zip(names, expected_sums, strict=True):
+        total, weight = metrics[name]
         np.testing.assert_allclose(total, expected_sum, rtol=1e-5)
         assert weight == count
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
@@ -149,6 +219,53 @@ def test_every_mesh_equals_one_device(shape, form):
     # Every device must hold the same of what is replicated.
     for shard in result[0][0].addressable_shards:
         np.testing.assert_array_equal(shard.data, result[0][0])
+
+
+@pytest.mark.parametrize('form', list(FORMS))
+@pytest.mark.parametrize('shape', [None, (8, 1, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)], ids=str)
+def test_every_form_and_divergence_equals_the_plain_ones(shape, form):
+    mesh = None
+    if shape is not None:
+        axes = ('data', 'fsdp', 'expert', 'tensor')
+        mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 4)
+    result = fused(FORMS[form], form, chunk_size=3 if mesh else 24, mesh=mesh)
+    assert_equal(result, expected_by_plain(form), FORMS[form], problem()['mask'].sum())
+    for shard in result[0][0].addressable_shards:
+        np.testing.assert_array_equal(shard.data, result[0][0])
+
+
+def test_what_samples_tell_of_forward_kl_has_the_name_of_what_it_is():
+    (_, metrics), _ = fused(OF_SAMPLES, 'sampled')
+    assert set(metrics) == {'teacher_cross_entropy', 'cross_entropy'}
+
+
+def test_unsound_pairs_are_refused():
+    x = problem()
+    arrays = (jnp.float32(x['hidden']), jnp.float32(x['head']))
+    with pytest.raises(InputError, match='reverse_kl is not sound on sampled targets'):
+        fused_distillation_loss(*arrays, targets_of('sampled'), (Term('reverse_kl'),))
+    with pytest.raises(InputError, match='temperature of forward_kl on top_k'):
+        fused_distillation_loss(
+            *arrays, targets_of('top_k'), (Term('forward_kl', temperature=2.0),)
+        )
+    with pytest.raises(InputError, match=r'k=7 .* received 6'):
+        fused_distillation_loss(*arrays, targets_of('top_k'), (Term('ranking', k=7),))
+
+
+def test_parameters_may_be_traced():
+    x = problem()
+
+    @jax.jit
+    def loss(beta, lam):
+        terms = (Term('jsd', beta=beta), Term('skew_reverse_kl', lam=lam, weight=0.5))
+        arrays = (jnp.float32(x[k]) for k in ('hidden', 'head'))
+        mask = jnp.asarray(x['mask'])
+        return fused_distillation_loss(*arrays, targets_of('hidden'), terms, mask=mask)[0]
+
+    terms = (Term('jsd', beta=0.2), Term('skew_reverse_kl', lam=0.3, weight=0.5))
+    np.testing.assert_allclose(loss(0.2, 0.3), expected(terms)[0][0], rtol=1e-5)
+    ends = (Term('reverse_kl'), Term('reverse_kl', weight=0.5))
+    np.testing.assert_allclose(loss(1.0, 0.0), expected(ends)[0][0], rtol=1e-5)
 
 
 def test_a_chunk_exchanges_numbers_a_token_and_the_head_gradient_is_sharded():
@@ -345,6 +462,29 @@ def test_no_array_of_tokens_by_vocabulary():
     assert largest_array(compiled_text(fused_loss=False)) >= tokens_by_vocabulary
     # One chunk, 16 tokens by 300 words, is the largest.
     assert largest_array(compiled_text(fused_loss=True)) == 16 * 300
+
+
+@pytest.mark.parametrize('form', ['hidden', 'top_k', 'sampled'])
+def test_no_array_of_tokens_by_vocabulary_with_any_target(form):
+    def abstract(shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    ids, kept = abstract((4, 64, 6), jnp.int32), abstract((4, 64, 6))
+    targets = {
+        'hidden': HiddenTargets(abstract((4, 64, 6)), abstract((6, 300))),
+        'top_k': TopKTargets(ids, kept, abstract((4, 64))),
+        'sampled': SampledTargets(ids, ids),
+    }[form]
+
+    def loss(hidden, head, targets, labels):
+        return fused_distillation_loss(
+            hidden, head, targets, FORMS[form], labels=labels, chunk_size=16
+        )[0]
+
+    arguments = abstract((4, 64, 8)), abstract((8, 300)), targets, abstract((4, 64), jnp.int32)
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+    # A copy of the scattered-to gradient may carry the trip count of a loop over its rows.
+    assert largest_array(compiled.as_text()) == 16 * 300
 
 
 def test_evaluation_computes_no_gradient():

@@ -19,6 +19,13 @@ from moe.errors import InputError
         (lambda: Term('jsd', lam=0.5), 'jsd takes no lam'),
         (lambda: Term('jsd', beta=1.5), r'beta of jsd must be in \[0, 1\]; received 1.5'),
         (lambda: Term('skew_reverse_kl', lam=1.0), r'lam of skew_reverse_kl must be in \[0, 1\)'),
+        (lambda: Term('jsd', beta=Schedule('linear', 0.0, 2.0, 9)), r'beta of jsd must be in'),
+        (lambda: Term('skew_forward_kl', lam=Schedule('linear', 0.0, 1.0, 9)), 'lam of skew'),
+        (lambda: Term('adaptive_kl', mu=0.0), r'mu of adaptive_kl must be in \(0, 1\)'),
+        (lambda: Term('alpha_divergence', alpha=-0.1), 'alpha of alpha_divergence'),
+        (lambda: Term('hinge', k=2.5), 'k of hinge must be a whole number'),
+        (lambda: Term('forward_kl', k=4), 'forward_kl takes no k'),
+        (lambda: Term('cross_entropy', standardize=True), 'takes no standardize'),
         (lambda: Term('jsd', weight=-1.0), 'weight of jsd must be zero or more; received -1.0'),
         (lambda: Term('jsd', weight=float('nan')), 'weight of jsd'),
         (lambda: Term('jsd', weight='1'), 'must be a number or a Schedule'),
@@ -35,9 +42,11 @@ def test_bad_terms_are_refused_when_built(build, message):
 
 
 def test_defaults_and_immutability():
-    assert Term('jsd').divergence.beta == 0.5
-    assert Term('skew_forward_kl').divergence.lam == 0.1
-    assert Term('jsd', beta=0.0).divergence.beta == 0.0
+    assert Term('jsd').parameter == 0.5
+    assert Term('skew_forward_kl').parameter == 0.1
+    assert Term('jsd', beta=0.0).parameter == 0.0
+    assert Term('hinge').parameter == 16
+    assert Term('forward_kl').parameter is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         Term('jsd').weight = 2.0
 
@@ -54,14 +63,21 @@ def test_schedules_are_resolved_at_a_traced_step():
         (
             Term('forward_kl', weight=Schedule('linear', 0.0, 2.0, 10), temperature=3.0),
             Term('jsd', beta=0.1, temperature=Schedule('cosine', 4.0, 2.0, 10)),
+            Term('jsd', beta=Schedule('linear', 0.0, 1.0, 10)),
+            Term('skew_forward_kl', lam=Schedule('cosine', 0.2, 0.0, 10)),
         )
     )
 
     @jax.jit
     def numbers(step):
-        first, second = objective.at(step)
+        first, second, third, fourth = objective.at(step)
         assert (first.temperature, second.weight, second.beta) == (3.0, 1.0, 0.1)
-        return first.weight, second.temperature
+        return first.weight, second.temperature, third.beta, fourth.parameter
 
-    for step, expected in ((0, (0.0, 4.0)), (5, (1.0, 3.0)), (10, (2.0, 2.0)), (99, (2.0, 2.0))):
+    for step, expected in (
+        (0, (0.0, 4.0, 0.0, 0.2)),
+        (5, (1.0, 3.0, 0.5, 0.1)),
+        (10, (2.0, 2.0, 1.0, 0.0)),
+        (99, (2.0, 2.0, 1.0, 0.0)),
+    ):
         np.testing.assert_allclose(numbers(jnp.int32(step)), expected, atol=1e-6)

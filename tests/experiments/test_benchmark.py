@@ -7,13 +7,28 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from absl.testing import flagsaver
 
+<<<<<<< HEAD
 from experiments import benchmark, benchmark_decode, cli
 from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import loss_rows
+=======
+from experiments import benchmark, cli
+from experiments.benchmark_loss import loss_rows, memory_rows
+from experiments.benchmark_step import (
+    Product,
+    bare,
+    step_products,
+    step_rows,
+    student_config,
+    teacher_config,
+)
+>>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 from experiments.timing import interleaved_medians
+from moe.accounting import flops_per_token, parameter_report
 
 KEYS = {'name', 'value', 'unit', 'reference', 'ratio', 'conditions'}
 
@@ -23,7 +38,11 @@ def check(row: benchmark.Row) -> None:
     assert row['value'] > 0
     assert row['reference'] > 0
     # More milliseconds are worse; the ratio of rates and of bytes is the plain share.
+<<<<<<< HEAD
     inverse = {'ms': True, 'GFLOP/s': False, 'GB': False, 'GB/s': False}[row['unit']]
+=======
+    inverse = {'ms': True, 'GFLOP/s': False, 'GB': False, 'token/s': False}[row['unit']]
+>>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
     quotient = row['value'] / row['reference']
     assert math.isclose(row['ratio'], 1 / quotient if inverse else quotient, rel_tol=1e-9)
 
@@ -77,6 +96,9 @@ def test_loss_rows_have_rates_and_memory() -> None:
     assert {name: row['unit'] for name, row in rows.items()} == {
         'loss/fused': 'GFLOP/s',
         'loss/fused/memory': 'GB',
+        'loss/fused/time': 'ms',
+        'loss/fused_kl_ce': 'GFLOP/s',
+        'loss/fused_kl_ce/memory': 'GB',
         'loss/plain': 'GFLOP/s',
         'loss/plain/memory': 'GB',
     }
@@ -84,6 +106,54 @@ def test_loss_rows_have_rates_and_memory() -> None:
     assert rows['loss/fused']['reference'] == rows['loss/plain']['reference']
     for row in rows.values():
         check(row)
+
+
+def test_memory_is_that_of_the_compiled_programs() -> None:
+    (row,) = memory_rows(tokens=256, vocab_size=512, dim=8, chunk_size=16)
+    assert row['name'] == 'loss/fused/memory/V512'
+    check(row)
+    # Plain, logits of 256 x 512 float32 for both and their gradient; fused, 16 rows of them.
+    assert row['reference'] * 1e9 >= 2 * 256 * 512 * 4
+    assert row['ratio'] < 0.5
+
+
+TINY = teacher_config(64, scale=8), student_config(64, scale=8)
+
+
+def test_the_products_of_a_step_are_those_of_the_models() -> None:
+    tokens, length = 32, 16
+    flops = sum(product.flops for product in step_products(*TINY, tokens // length, length))
+    teacher, student = (flops_per_token(model, context_length=length) for model in TINY)
+    # Of scores, half of all; the accounting's average is (T + 1) / 2 of T keys.
+    counted = [
+        model.total - model.by_part['attention_scores'] * (1 - length / (length + 1))
+        for model in (teacher, student)
+    ]
+    assert flops == pytest.approx(tokens * (counted[0] + 3 * counted[1]))
+
+
+def test_bare_products_are_all_computed() -> None:
+    products = [Product(8, 4, 6, times=3, batch=2, trained=True), Product(8, 16, 6)]
+    assert [product.flops for product in products] == [3 * 3 * 2 * 2 * 8 * 4 * 6, 2 * 8 * 16 * 6]
+    text = bare(products).__closure__[0].cell_contents.as_text()
+    shapes = {'f32[2,8,6]', 'f32[2,8,4]', 'f32[2,4,6]'}
+    for shape in shapes:
+        assert shape in text
+    assert jnp.isfinite(bare(products)())
+
+
+def test_step_rows_are_of_the_step_against_its_products() -> None:
+    rows = step_rows(*TINY, rows=2, length=16, repeats=1)
+    assert [row['name'] for row in rows] == ['step', 'step/tokens', 'step/memory']
+    assert rows[0]['ratio'] == pytest.approx(rows[1]['ratio'])
+    for row in rows:
+        assert '32 tokens, V=64' in row['conditions']
+        check(row)
+
+
+def test_the_models_of_a_step_have_the_sizes_that_others_were_measured_at() -> None:
+    sizes = [parameter_report(model()).total / 1e6 for model in (teacher_config, student_config)]
+    assert sizes == pytest.approx([60, 30], rel=0.02)
 
 
 def test_medians_are_of_all_rounds_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +204,13 @@ def test_prints_and_writes_rows(
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
+<<<<<<< HEAD
         ((), 'name one of moe, loss, decode; received none'),
         (('mo',), "name one of moe, loss, decode; received 'mo'"),
+=======
+        ((), 'name one of moe, loss, step; received none'),
+        (('mo',), "name one of moe, loss, step; received 'mo'"),
+>>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
         (('moe', 'loss'), "'loss' is no flag"),
         (('moe', '--experts=x'), '--experts must be whole numbers of at least 3'),
         (('moe', '--experts=8,2'), "received '8,2'"),
@@ -167,7 +242,14 @@ def test_help_says_what_can_be_measured() -> None:
         text=True,
     )
     assert done.stderr == ''
-    for words in ('benchmark moe', 'benchmark loss', '--json', '--experts', '--repeats'):
+    for words in (
+        'benchmark moe',
+        'benchmark loss',
+        'benchmark step',
+        '--json',
+        '--experts',
+        '--repeats',
+    ):
         assert words in done.stdout
 
 

@@ -60,6 +60,10 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
 @pytest.mark.parametrize(
     ('overrides', 'message'),
     [
+        (
+            {'student__terms__kl__name': 'hinge', 'student__terms__kl__k': 260},
+            'k=260 ids, and hidden targets .* received 259',
+        ),
         ({'studnt': 1}, "config has no key 'studnt'. Did you mean 'student'"),
         ({'data__sequence': 1}, "config.data has no key 'sequence'"),
         ({'student__model__layers': 1}, "config.student.model has no key 'layers'"),
