@@ -113,14 +113,33 @@ def _over_chunks(
         d_x = jnp.einsum('btv,dv->btd', d_logits, head, preferred_element_type=dtype)
         d_x = d_x + jax.lax.dynamic_slice_in_dim(carry[1], start, length, axis=1)
         d_hidden = jax.lax.dynamic_update_slice_in_dim(carry[1], d_x, start, axis=1)
-        d_head = jnp.einsum('btd,btv->dv', x, d_logits, preferred_element_type=dtype)
-        return (carry[0] + sums, d_hidden, carry[2] + d_head), None
+        return (carry[0] + sums, d_hidden, _add_product(carry[2], x, d_logits)), None
 
     zeros = [_zeros(plan, operands.weights.shape, dtype, TOKENS)]
     if differentiate:
         everywhere = (*TOKENS, VOCAB)
         zeros += [_zeros(plan, x.shape, dtype, everywhere) for x in (hidden, head)]
     return jax.lax.scan(step, tuple(zeros), jnp.arange(chunks))[0]
+
+
+def _add_product(
+    total: Float[Array, 'D V'], x: Float[Array, 'B t D'], d_logits: Float[Array, 'B t V']
+) -> Float[Array, 'D V']:
+    """Adds `x^T d_logits` in place, in parts that are no larger than the chunk's logits."""
+    D, tokens = x.shape[-1], x.shape[0] * x.shape[1]
+    rows = max(size for size in range(1, min(D, tokens) + 1) if D % size == 0)
+
+    def add(total: Array, part: Array) -> tuple[Array, None]:
+        start = part * rows
+        columns = jax.lax.dynamic_slice_in_dim(x, start, rows, axis=-1)
+        product = jnp.einsum('btd,btv->dv', columns, d_logits, preferred_element_type=total.dtype)
+        product = product + jax.lax.dynamic_slice_in_dim(total, start, rows)
+        return jax.lax.dynamic_update_slice_in_dim(total, product, start, axis=0), None
+
+    if rows == D:
+        product = jnp.einsum('btd,btv->dv', x, d_logits, preferred_element_type=total.dtype)
+        return total + product
+    return jax.lax.scan(add, total, jnp.arange(D // rows))[0]
 
 
 def _take(arrays: tuple[Array, Operands], start: Array, length: int) -> tuple[Array, Operands]:
