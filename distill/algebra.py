@@ -70,8 +70,7 @@ class Divergence:
 
     Attributes:
         name: one of `DIVERGENCES`.
-        parameter: a number in its range; None where it takes none, or where the number is known
-            only inside jit.
+        parameter: a number in its range; None where it takes none, and for its default.
     """
 
     name: str
@@ -81,6 +80,39 @@ class Divergence:
         if self.name not in SPECS:
             known = ', '.join(DIVERGENCES)
             raise InputError(f'The divergence must be one of {known}; received {self.name!r}.')
+        spec, number = SPECS[self.name], self.parameter
+        if number is not None and spec.parameter is None:
+            raise InputError(f'{self.name} takes no parameter; received {number!r}: leave it out.')
+        if number is not None and not spec.valid(number):
+            raise InputError(
+                f'The {spec.parameter} of {self.name} must be {spec.required}; received {number!r}.'
+            )
+
+    def integrand(
+        self,
+        log_p: Float[Array, '... n'],
+        log_q: Float[Array, '... n'],
+        *,
+        parameter: Parameter | None = None,
+        axis_name: str | None = None,
+    ) -> Integrand:
+        """Returns `(f, h)`: what is summed over the entries, and its derivative in `log_p`.
+
+        Args:
+            log_p: the student's log-probabilities, or logits where `orders`; -inf is a probability
+                of zero.
+            log_q: the teacher's.
+            parameter: takes the place of the divergence's own; may be traced.
+            axis_name: that the entries are split on; None for whole.
+        """
+        spec = SPECS[self.name]
+        arguments: list[Any] = [log_p, log_q]
+        if spec.parameter is not None and not self.orders:
+            own = spec.default if self.parameter is None else self.parameter
+            arguments.append(own if parameter is None else parameter)
+        if spec.function is adaptive_kl:
+            arguments.append(axis_name)
+        return spec.function(*arguments)
 
     @property
     def orders(self) -> bool:
@@ -194,12 +226,6 @@ def _integrand(
 ) -> Integrand:
     if sight == 'drawn':
         return jnp.where(theirs > 0, -theirs * entries, 0), -theirs
-    divergence = term.divergence
-    spec = SPECS[divergence.name]
-    arguments: list[Any] = [entries, theirs]
-    if spec.parameter is not None and not divergence.orders:
-        traced = divergence.parameter is None
-        arguments.append(term.parameter if traced else divergence.parameter)
-    if spec.function is adaptive_kl:
-        arguments.append(axis_name if sight == 'whole' else None)
-    return spec.function(*arguments)
+    traced = term.parameter if term.divergence.parameter is None else None
+    split = axis_name if sight == 'whole' else None
+    return term.divergence.integrand(entries, theirs, parameter=traced, axis_name=split)

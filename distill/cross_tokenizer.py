@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distill.integrands import Divergence, log_softmax
+from distill.algebra import Divergence
 from distill.spans import MatchedVocabulary, SpanAlignment
 from distill.types import HiddenTargets
+from distill.views import log_softmax
 from moe.errors import InputError
 
 Pair = tuple[Float[Array, ''], Float[Array, '']]
@@ -41,7 +42,7 @@ class SpanLoss:
     """
 
     vocabulary: MatchedVocabulary | None = None
-    divergence: Divergence = Divergence('jsd', beta=0.5)  # noqa: RUF009  frozen
+    divergence: Divergence = Divergence('jsd', 0.5)  # noqa: RUF009  frozen
     matched_weight: float | None = None
     unmatched_weight: float | None = None
     temperature: float = 1.0

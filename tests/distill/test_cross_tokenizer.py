@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distill.algebra import Divergence
 from distill.cross_tokenizer import SpanLoss, compare, ranked_difference, span_log_probs, span_loss
-from distill.integrands import Divergence
 from distill.spans import MatchedVocabulary, SpanAlignment
 from distill.types import HiddenTargets
 from moe.errors import InputError
@@ -75,7 +75,7 @@ def reference(loss: SpanLoss, hidden, head, labels, targets, teacher_labels) -> 
                 total += ranked64(p, q)
             else:
                 matched, rest = loss.weights(VT)
-                beta = loss.divergence.beta
+                beta = loss.divergence.parameter
                 assert beta is not None
                 total += matched * jsd64(p[SHARED.student], q[SHARED.teacher], beta)
                 total += rest * ranked64(p[SHARED.student_rest], q[SHARED.teacher_rest])
@@ -85,7 +85,7 @@ def reference(loss: SpanLoss, hidden, head, labels, targets, teacher_labels) -> 
 LOSSES = {
     'uld': SpanLoss(),
     'uld, warm': SpanLoss(temperature=2.0),
-    'hybrid': SpanLoss(SHARED, Divergence('jsd', beta=0.3)),
+    'hybrid': SpanLoss(SHARED, Divergence('jsd', 0.3)),
     'hybrid, weighted': SpanLoss(SHARED, matched_weight=2.0, unmatched_weight=0.5),
 }
 
@@ -215,7 +215,7 @@ def test_loss_is_that_of_trl(name: str) -> None:
         merge = peer._merge_probabilities_with_alignment_groups
         sides.append(merge(probs, groups, ids[0].tolist()))
     if name == 'hybrid':
-        loss = SpanLoss(SHARED, Divergence('jsd', beta=0.3), 0.6, 0.4)
+        loss = SpanLoss(SHARED, Divergence('jsd', 0.3), 0.6, 0.4)
         expected = peer._compute_hybrid_uld_loss(*sides)
     else:
         loss = SpanLoss()
