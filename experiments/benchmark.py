@@ -2,12 +2,9 @@
 
     python -m experiments.benchmark moe     a MoE layer beside a dense MLP of equal active FLOPs
     python -m experiments.benchmark loss    the fused head and KL beside its bare matrix products
-<<<<<<< HEAD
+    python -m experiments.benchmark step    a distillation step beside its bare matrix products
     python -m experiments.benchmark decode  tokens a second beside memory's speed and transformers
     python -m experiments.benchmark load    a published model's loading beside its largest tensor
-=======
-    python -m experiments.benchmark step    a distillation step beside its bare matrix products
->>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 
 Figures are printed, and written with --json=PATH as rows of name, value, unit, reference, ratio and
 conditions. The ratio is the share of the reference's rate, 1.0 is as fast; of memory, the share of
@@ -26,14 +23,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli
-<<<<<<< HEAD
 from experiments.benchmark_decode import decode_rows
 from experiments.benchmark_load import load_rows
-from experiments.benchmark_loss import ROWS, loss_rows
-=======
 from experiments.benchmark_loss import ROWS, loss_rows, memory_rows
 from experiments.benchmark_step import step_rows, student_config, teacher_config
->>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 from experiments.timing import interleaved_medians
 from moe.config import Dispatch, MoEConfig, RouterConfig
 from moe.errors import InputError
@@ -153,7 +146,12 @@ def _loss() -> list[Row]:
     return [*loss_rows(**sizes, repeats=_REPEATS.value), *memory_rows()]
 
 
-<<<<<<< HEAD
+def _step() -> list[Row]:
+    vocab_size = _VOCAB_SIZE.value
+    models = teacher_config(vocab_size), student_config(vocab_size)
+    return step_rows(*models, repeats=_REPEATS.value)
+
+
 def _decode() -> Iterator[Row]:
     return decode_rows(repeats=_REPEATS.value)
 
@@ -161,18 +159,10 @@ def _decode() -> Iterator[Row]:
 COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {
     'moe': _moe,
     'loss': _loss,
+    'step': _step,
     'decode': _decode,
     'load': load_rows,
 }
-=======
-def _step() -> list[Row]:
-    vocab_size = _VOCAB_SIZE.value
-    models = teacher_config(vocab_size), student_config(vocab_size)
-    return step_rows(*models, repeats=_REPEATS.value)
-
-
-COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {'moe': _moe, 'loss': _loss, 'step': _step}
->>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 
 
 def main(command: str) -> None:

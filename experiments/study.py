@@ -218,16 +218,13 @@ class StudyConfig:
                 f'a divisor of data.batch_size={self.data.batch_size}',
                 train.micro_batches,
             )
-<<<<<<< HEAD
         # What a checkpoint holds is found out when there is a mesh and text to ask it with.
         init = self.student.init
         if not init.is_random and init.source == 'teacher':
             init.require_reachable(self.teacher.model, self.student.model)
-=======
         # A teacher in the same program speaks in hidden states.
         terms = self.student.objective().terms
         require_sound(terms, 'hidden', kept=self.data.model_vocab_size)
->>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 
 
 def build_study(config: ml_collections.ConfigDict) -> StudyConfig:

@@ -16,11 +16,8 @@ from configs import base
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Term
 from distill.optimizer import OptimizerConfig
-<<<<<<< HEAD
-from experiments.init_config import InitConfig
-=======
 from distill.schedules import Schedule
->>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
+from experiments.init_config import InitConfig
 from experiments.study import (
     ControlConfig,
     EvaluateConfig,

@@ -11,12 +11,8 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import flagsaver
 
-<<<<<<< HEAD
 from experiments import benchmark, benchmark_decode, cli
 from experiments.benchmark_load import load_rows
-from experiments.benchmark_loss import loss_rows
-=======
-from experiments import benchmark, cli
 from experiments.benchmark_loss import loss_rows, memory_rows
 from experiments.benchmark_step import (
     Product,
@@ -26,7 +22,6 @@ from experiments.benchmark_step import (
     student_config,
     teacher_config,
 )
->>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
 from experiments.timing import interleaved_medians
 from moe.accounting import flops_per_token, parameter_report
 
@@ -38,11 +33,9 @@ def check(row: benchmark.Row) -> None:
     assert row['value'] > 0
     assert row['reference'] > 0
     # More milliseconds are worse; the ratio of rates and of bytes is the plain share.
-<<<<<<< HEAD
-    inverse = {'ms': True, 'GFLOP/s': False, 'GB': False, 'GB/s': False}[row['unit']]
-=======
-    inverse = {'ms': True, 'GFLOP/s': False, 'GB': False, 'token/s': False}[row['unit']]
->>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
+    inverse = {'ms': True, 'GFLOP/s': False, 'GB': False, 'GB/s': False, 'token/s': False}[
+        row['unit']
+    ]
     quotient = row['value'] / row['reference']
     assert math.isclose(row['ratio'], 1 / quotient if inverse else quotient, rel_tol=1e-9)
 
@@ -204,13 +197,8 @@ def test_prints_and_writes_rows(
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-<<<<<<< HEAD
-        ((), 'name one of moe, loss, decode; received none'),
-        (('mo',), "name one of moe, loss, decode; received 'mo'"),
-=======
-        ((), 'name one of moe, loss, step; received none'),
-        (('mo',), "name one of moe, loss, step; received 'mo'"),
->>>>>>> 0bfdbed (Every divergence on every form of target: views, a table of sound pairs, schedules of parameters, z-scores)
+        ((), 'name one of moe, loss, step, decode; received none'),
+        (('mo',), "name one of moe, loss, step, decode; received 'mo'"),
         (('moe', 'loss'), "'loss' is no flag"),
         (('moe', '--experts=x'), '--experts must be whole numbers of at least 3'),
         (('moe', '--experts=8,2'), "received '8,2'"),
