@@ -197,8 +197,8 @@ def test_prints_and_writes_rows(
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        ((), 'name one of moe, loss, step, decode; received none'),
-        (('mo',), "name one of moe, loss, step, decode; received 'mo'"),
+        ((), 'name one of moe, loss, step, decode, load; received none'),
+        (('mo',), "name one of moe, loss, step, decode, load; received 'mo'"),
         (('moe', 'loss'), "'loss' is no flag"),
         (('moe', '--experts=x'), '--experts must be whole numbers of at least 3'),
         (('moe', '--experts=8,2'), "received '8,2'"),
