@@ -107,10 +107,12 @@ def check_gradients(theirs: Any, config: Any, gradient: Any) -> None:
             ours[piece.name] = to_theirs(read_part(leaf, piece), piece)
     wanted = {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
     assert len(wanted) > 5
+    largest = max(np.abs(gradient).max() for gradient in wanted.values())
     for name, gradient_there in wanted.items():
-        scale = np.abs(gradient_there).max() + 1e-6
+        # With one expert a token, whose weight is 1, the router's gradient is the rounding of 0.
+        bound = 2e-4 * np.abs(gradient_there).max() + 1e-6 * largest
         found = gradient_here(name, ours)
-        np.testing.assert_allclose(found, gradient_there, atol=2e-4 * scale, err_msg=name)
+        np.testing.assert_allclose(found, gradient_there, atol=bound, err_msg=name)
 
 
 def gradient_here(name: str, ours: dict[str, np.ndarray]) -> np.ndarray:
