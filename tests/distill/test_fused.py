@@ -222,7 +222,7 @@ def test_every_mesh_equals_one_device(shape, form):
 
 
 @pytest.mark.parametrize('form', list(FORMS))
-@pytest.mark.parametrize('shape', [None, (8, 1, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)], ids=str)
+@pytest.mark.parametrize('shape', [None, (2, 2, 1, 2)], ids=str)
 def test_every_form_and_divergence_equals_the_plain_ones(shape, form):
     mesh = None
     if shape is not None:
