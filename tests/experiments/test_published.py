@@ -76,7 +76,7 @@ def test_the_card_says_what_was_measured(study: pathlib.Path) -> None:
     for text in (
         'license: apache-2.0',
         'published model in `tiny-qwen`',
-        '0.9 x forward_kl, 0.1 x cross_entropy; 12 steps of 8 rows',
+        '0.1 x cross_entropy, 0.9 x forward_kl; 12 steps of 8 rows',
         'python -m experiments.launch',
         'USD per million tokens',
         'fewer than its control',
