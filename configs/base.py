@@ -83,6 +83,10 @@ def experts() -> ml_collections.ConfigDict:
             shared_dim=0,  # hidden width of the shared expert; 0 for none
             dispatch='grouped',  # 'grouped' (dropless), 'capacity' or 'dense'
             capacity_factor=1.25,
+            exchange_factor=config_dict.placeholder(
+                float
+            ),  # of a shard's balanced load; None: worst
+            exchange_chunks=1,  # parts whose exchanges and products may overlap
             bias=False,  # of the experts' projections
             first_dense_layers=0,
             layer_step=1,

@@ -13,6 +13,6 @@ def model_identity(config: TransformerConfig) -> dict[str, Any]:
     for name in ('dtype', 'param_dtype', 'remat'):
         del architecture[name]
     if architecture['moe'] is not None:
-        del architecture['moe']['dispatch']
-        del architecture['moe']['capacity_factor']
+        for name in ('dispatch', 'capacity_factor', 'exchange_factor', 'exchange_chunks'):
+            del architecture['moe'][name]
     return json.loads(json.dumps(architecture))  # lists for tuples

@@ -53,6 +53,11 @@ class MoEConfig:
             routing has slots of its own and reads neither this nor the next field.
         capacity_factor: `C = ceil(T * K / E * capacity_factor)` slots per expert and sequence; used
             by 'capacity' alone.
+        exchange_factor: where a mesh splits the experts, the rows that 'grouped' has room for on
+            each shard, as a multiple of its balanced load; what finds none is dropped and counted.
+            None for the worst load, `min(shards, E / K)`, which drops nothing.
+        exchange_chunks: parts in which 'grouped' and 'capacity' exchange tokens on such a mesh, so
+            that the exchange of one can run under the products of another.
         bias: whether each routed expert adds a bias after its gate, up and down projections.
         first_dense_layers: layers below this index keep a dense MLP.
         layer_step: of the rest, layer i has experts where (i + 1) % layer_step == 0.
@@ -64,6 +69,8 @@ class MoEConfig:
     shared_dim: int = 0
     dispatch: Dispatch = 'grouped'
     capacity_factor: float = 1.25
+    exchange_factor: float | None = None
+    exchange_chunks: int = 1
     bias: bool = False
     first_dense_layers: int = 0
     layer_step: int = 1
@@ -74,6 +81,10 @@ class MoEConfig:
         require(self.shared_dim >= 0, 'moe.shared_dim', 'zero or more', self.shared_dim)
         _one_of('moe.dispatch', self.dispatch, Dispatch)
         require(self.capacity_factor > 0, 'moe.capacity_factor', 'positive', self.capacity_factor)
+        factor = self.exchange_factor
+        valid = factor is None or factor > 0
+        require(valid, 'moe.exchange_factor', 'positive, or None for the worst load', factor)
+        _positive('moe.exchange_chunks', self.exchange_chunks)
         require(
             self.first_dense_layers >= 0,
             'moe.first_dense_layers',

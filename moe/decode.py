@@ -279,9 +279,10 @@ def _noted(run: _Run, state: _State, new: Array) -> Written:
 def dropless(model: Transformer) -> Transformer:
     """Returns the model as it decodes: one whose dispatch drops tokens takes 'grouped' instead."""
     config = model.config
-    if config.moe is None or config.moe.dispatch != 'capacity':
+    if config.moe is None:
         return model
-    moe = dataclasses.replace(config.moe, dispatch='grouped')
+    dispatch = 'grouped' if config.moe.dispatch == 'capacity' else config.moe.dispatch
+    moe = dataclasses.replace(config.moe, dispatch=dispatch, exchange_factor=None)
     return model.clone(config=dataclasses.replace(config, moe=moe))
 
 

@@ -242,7 +242,11 @@ def dispatch(
         activation: of the gate.
         capacity_factor: `C = ceil(T * K / E * capacity_factor)`, at most `T`, slots for each expert
             and sequence; used by 'capacity' alone. Earlier positions come first, then better
-            choices.
+            choices. The output of a token is off by what it lost, so by at most
+
+                (sum of its dropped weights) * max over its dropped experts of |expert(x)|,
+
+            and not at all where nothing of it was dropped.
         biases: of the experts' projections; None for none.
 
     Returns:

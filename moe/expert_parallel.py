@@ -5,7 +5,9 @@ over `fsdp` (gathered where used), their hidden axis over `tensor` (partial outp
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import Activation, Dispatch
 from moe.dispatch import (
     ExpertBiases,
-    Plan,
     collect,
     dispatch,
     grouped_mlp,
@@ -29,6 +30,7 @@ from moe.dispatch import (
     spread_weights,
 )
 from moe.errors import InputError
+from moe.exchange import AXIS, accepted_counts, exchange_bounds, exchange_rows, segment_of
 
 BATCH_AXES = ('data', 'fsdp', 'expert')
 BIAS_SPECS: Any = (P('expert', None, 'tensor'), P('expert', 'fsdp'))
@@ -48,18 +50,26 @@ def expert_parallel_dispatch(
     activation: Activation,
     capacity_factor: float = 1.25,
     biases: ExpertBiases | None = None,
+    exchange_factor: float | None = None,
+    exchange_chunks: int = 1,
 ) -> tuple[Float[Array, 'B T D'], Float[Array, '']]:
     """Computes `moe.dispatch.dispatch` on a mesh, with the same arguments and the same results.
 
-    'capacity' exchanges every slot: [E, C] for each sequence. 'grouped' exchanges buffers for the
-    worst case: a token chooses distinct experts, so at most `N * min(K, E / shards)` rows of a
-    shard's `N` tokens go to one other shard; nothing can overflow. 'dense' computes under plain jit
-    and exchanges nothing.
+    'capacity' exchanges every slot: [E, C] for each sequence. 'grouped' exchanges the assigned
+    rows alone, see `moe.exchange`, into buffers for the worst load, so that nothing can overflow,
+    or for `exchange_factor` times the balanced one. Where that is too little a shard takes the rows
+    of the first shards, and of each the first tokens and then choices; the rest are dropped and
+    counted. 'dense' computes under plain jit and exchanges nothing.
 
     Args:
         x, ids, weights, mask, gate_up, down, method, activation, capacity_factor, biases: as
             `dispatch`, global arrays.
         mesh: with the axes `data`, `fsdp`, `expert` and `tensor`, of any sizes.
+        exchange_factor: bounds what a shard receives, as a multiple of its balanced load; None for
+            the worst, `min(shards, E / K)`. Read by 'grouped', where `expert` has several shards.
+        exchange_chunks: parts, of the tokens ('grouped') or of the slots ('capacity'), that are
+            exchanged and computed by themselves: the exchange of one can run under the products of
+            another. The results are the same, but that each part has its own bound.
 
     Returns:
         `(y, dropped)`, `dropped` summed over all shards.
@@ -75,7 +85,13 @@ def expert_parallel_dispatch(
         return dispatch(x, ids, weights, mask, gate_up, down, biases=biases, **settings)
     tokens = P(BATCH_AXES)
     sharded = jax.shard_map(
-        functools.partial(_local_dispatch, shards=mesh.shape['expert'], **settings),
+        functools.partial(
+            _local_dispatch,
+            shards=mesh.shape['expert'],
+            factor=exchange_factor,
+            chunks=exchange_chunks if mesh.shape['expert'] > 1 else 1,
+            **settings,
+        ),
         mesh=mesh,
         in_specs=(
             *(tokens,) * 4,
@@ -114,6 +130,8 @@ def _local_dispatch(
     biases: ExpertBiases | None,
     *,
     shards: int,
+    factor: float | None,
+    chunks: int,
     method: Dispatch,
     activation: Activation,
     capacity_factor: float,
@@ -128,20 +146,32 @@ def _local_dispatch(
     biases = None if biases is None else _local_biases(biases)
     num_experts = gate_up.shape[0] * shards
     tokens, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
+    experts = (gate_up, down, biases, activation)
     if method == 'capacity':
         capacity = sequence_capacity(x.shape[1], ids.shape[-1], num_experts, capacity_factor)
         plan, dropped = slot_plan(ids, mask, num_experts, capacity)
-        compute = functools.partial(_remote_slots, shards=shards)
+        rows, row_weights = spread(tokens, plan), spread_weights(flat_weights, plan)
+        out = collect(
+            _remote_slots(rows, row_weights, *experts, shards=shards, chunks=chunks), plan
+        )
     else:
         groups = jnp.where(mask[..., None], ids, num_experts).reshape(flat_weights.shape)
-        plan, sizes = peer_plan(groups, num_experts, shards)
-        dropped = jnp.zeros((), jnp.float32)
-        compute = functools.partial(_remote_groups, sizes=sizes, shards=shards)
-    rows, row_weights = spread(tokens, plan), spread_weights(flat_weights, plan)
-    out = compute(rows, row_weights, gate_up, down, biases, activation=activation)
-    out = collect(out, plan)
+        remote = functools.partial(_remote_groups, shards=shards, factor=factor)
+        parts = [
+            remote(tokens[part], flat_weights[part], groups[part], *experts)
+            for part in _chunks(tokens.shape[0], chunks)
+        ]
+        out = jnp.concatenate([y for y, _ in parts])
+        dropped = jnp.stack([count for _, count in parts]).sum()
     y = jax.lax.psum(out, 'tensor').reshape(x.shape)
     return y, jax.lax.psum(dropped, BATCH_AXES)
+
+
+def _chunks(size: int, count: int) -> Iterator[slice]:
+    """Splits `size` into `count` parts, about equal and none of them empty."""
+    count = min(size, count)
+    edges = [size * i // count for i in range(count + 1)]
+    return itertools.starmap(slice, itertools.pairwise(edges))
 
 
 def _local_biases(biases: ExpertBiases) -> ExpertBiases:
@@ -157,87 +187,97 @@ def _remote_slots(
     gate_up: Array,
     down: Array,
     biases: ExpertBiases | None,
-    *,
     activation: Activation,
+    *,
     shards: int,
+    chunks: int,
 ) -> Array:
     """Computes every slot on the shard that holds its expert: [E * S, D] -> [E * S, D]."""
     experts, dim = gate_up.shape[:2]
 
-    def to_experts(rows: Array) -> Array:
-        slots = exchange(rows.reshape(shards, experts, -1, rows.shape[-1]))
-        return slots.swapaxes(0, 1).reshape(experts, -1, rows.shape[-1])
+    def to_experts(slots: Array) -> Array:
+        return exchange(slots).swapaxes(0, 1).reshape(experts, -1, slots.shape[-1])
 
-    out = slotted_mlp(to_experts(rows), to_experts(weights), gate_up, down, activation, biases)
-    return exchange(out.reshape(experts, shards, -1, dim).swapaxes(0, 1)).reshape(-1, dim)
-
-
-def peer_plan(
-    groups: Int[Array, 'N K'], num_experts: int, shards: int
-) -> tuple[Plan, Int[Array, 'shards local']]:
-    """Lays assignments out as a buffer for each shard, each sorted by expert.
-
-    Args:
-        groups: the expert of each assignment; `num_experts` for one that takes no part.
-        num_experts: `E`, over all shards.
-        shards: how many hold `E / shards` experts each.
-
-    Returns:
-        The plan of `shards * R` rows, `R = N * min(K, E / shards)`, of which shard s receives rows
-        `s * R` on, and the rows for each of its experts.
-    """
-    ordered, sizes = sort_by_group(groups, num_experts)
-    tokens, k = groups.shape
-    local = num_experts // shards
-    bound = tokens * min(k, local)
-    sizes = sizes.reshape(shards, local)
-    totals = sizes.sum(axis=1)
-    starts = jnp.cumsum(totals) - totals
-
-    offset = jnp.arange(bound)
-    position = jnp.minimum(starts[:, None] + offset, tokens * k - 1)
-    source = jnp.where(offset < totals[:, None], ordered.source[position], tokens * k)
-    peer = jnp.minimum(groups // local, shards - 1)
-    row = ordered.row - starts[peer] + peer * bound
-    row = jnp.where(groups < num_experts, row, shards * bound)
-    return Plan(source.reshape(-1), row), sizes
+    slots, slot_weights = (x.reshape(shards, experts, -1, x.shape[-1]) for x in (rows, weights))
+    parts = []
+    for part in _chunks(slots.shape[2], chunks):
+        here, weighed = (to_experts(x[:, :, part]) for x in (slots, slot_weights))
+        out = slotted_mlp(here, weighed, gate_up, down, activation, biases)
+        parts.append(exchange(out.reshape(experts, shards, -1, dim).swapaxes(0, 1)))
+    return jnp.concatenate(parts, axis=2).reshape(-1, dim)
 
 
 def _remote_groups(
-    rows: Array,
+    tokens: Array,
     weights: Array,
+    groups: Array,
     gate_up: Array,
     down: Array,
     biases: ExpertBiases | None,
-    *,
     activation: Activation,
-    sizes: Array,
+    *,
     shards: int,
-) -> Array:
-    """Computes every row on the shard that holds its expert: [shards * R, D] -> the same."""
+    factor: float | None,
+) -> tuple[Array, Array]:
+    """Computes every assignment on the shard that holds its expert, and sums each token's."""
+    local = gate_up.shape[0]
+    num_experts, dropped = local * shards, jnp.zeros((), jnp.float32)
+    count, k = groups.shape
+    bounds = exchange_bounds(count, k, num_experts, shards, factor)
+    if (
+        shards > 1
+        and bounds.received < exchange_bounds(count, k, num_experts, shards, None).received
+    ):
+        groups, dropped = limited(groups, num_experts, shards, bounds.received)
+    plan, sizes = sort_by_group(groups, num_experts)
+    rows, row_weights = spread(tokens, plan), spread_weights(weights, plan)
     if shards == 1:
-        return grouped_mlp(rows, weights, gate_up, down, sizes[0], activation, biases)
-    num_local = gate_up.shape[0]
-
-    def swap(rows: Array) -> Array:
-        return exchange(rows.reshape(shards, -1, rows.shape[-1])).reshape(rows.shape)
-
-    ends = jnp.cumsum(exchange(sizes), axis=1)
-    offset = jnp.arange(rows.shape[0] // shards)
-    groups = (offset[None, :, None] >= ends[:, None, :]).sum(axis=-1)
-    plan, local_sizes = sort_by_group(groups.reshape(-1, 1), num_local)
+        out = grouped_mlp(rows, row_weights, gate_up, down, sizes, activation, biases)
+        return collect(out, plan), dropped
+    # Of every sender, receiver and expert there.
+    all_sizes = jax.lax.all_gather(sizes.reshape(shards, local), AXIS)
+    counts = all_sizes.sum(axis=-1)
+    here = all_sizes[:, jax.lax.axis_index(AXIS)].reshape(-1)
+    segment = segment_of(jnp.arange(bounds.received), here)
+    expert = jnp.where(segment < here.size, segment % local, local)
+    by_expert, local_sizes = sort_by_group(expert[:, None], local)
     out = grouped_mlp(
-        spread(swap(rows), plan),
-        spread(swap(weights), plan),
+        spread(exchange_rows(rows, counts, bounds), by_expert),
+        spread(exchange_rows(row_weights, counts, bounds), by_expert),
         gate_up,
         down,
         local_sizes,
         activation,
         biases,
     )
-    return swap(collect(out, plan))
+    back = exchange_rows(collect(out, by_expert), counts.T, bounds.reversed)
+    return collect(back, plan), dropped
+
+
+def limited(
+    groups: Int[Array, 'N K'], num_experts: int, shards: int, capacity: int
+) -> tuple[Int[Array, 'N K'], Float[Array, '']]:
+    """Leaves out assignments to shards that have no room for them; under `shard_map`.
+
+    Args:
+        groups: the expert of each assignment; `num_experts` for one that takes no part.
+        num_experts: `E`, over all shards.
+        shards: how many hold `E / shards` experts each.
+        capacity: rows that each of them has room for.
+
+    Returns:
+        The groups, `num_experts` for what is left out, and how many of this shard's those are.
+    """
+    peers = jnp.minimum(groups // (num_experts // shards), shards)
+    plan, wanted = sort_by_group(peers, shards)
+    accepted = accepted_counts(jax.lax.all_gather(wanted, AXIS), capacity)
+    accepted = accepted[jax.lax.axis_index(AXIS)]
+    peer = jnp.minimum(peers, shards - 1)
+    rank = plan.row - (jnp.cumsum(wanted) - wanted)[peer]
+    kept = rank < accepted[peer]
+    return jnp.where(kept, groups, num_experts), (wanted - accepted).sum().astype(jnp.float32)
 
 
 def exchange(buffers: Array) -> Array:
     """Sends buffer i to shard i of the `expert` axis; the result's buffer i came from shard i."""
-    return jax.lax.all_to_all(buffers, 'expert', split_axis=0, concat_axis=0, tiled=True)
+    return jax.lax.all_to_all(buffers, AXIS, split_axis=0, concat_axis=0, tiled=True)

@@ -149,7 +149,13 @@ class MoELayer(nn.Module):
         if self.mesh is None:
             y, dropped = dispatch(*operands, **settings)
         else:
-            y, dropped = expert_parallel_dispatch(*operands, mesh=self.mesh, **settings)
+            y, dropped = expert_parallel_dispatch(
+                *operands,
+                mesh=self.mesh,
+                exchange_factor=config.exchange_factor,
+                exchange_chunks=config.exchange_chunks,
+                **settings,
+            )
         load = expert_load(ids, mask, router.num_experts)
         return y, RouterOutput(logits, ids, weights, load, dropped)
 

@@ -66,6 +66,8 @@ EXECUTION = (
     'param_dtype',
     'moe.dispatch',
     'moe.capacity_factor',
+    'moe.exchange_factor',
+    'moe.exchange_chunks',
     'moe.router.jitter',
 )
 COMMON = ('source', 'variables', 'target', 'key', 'calibration')

@@ -9,7 +9,8 @@ from jax.sharding import AxisType
 from moe.config import MoEConfig, RouterConfig
 from moe.dispatch import ExpertBiases, dispatch
 from moe.errors import InputError
-from moe.expert_parallel import expert_parallel_dispatch, peer_plan
+from moe.exchange import Bounds, exchange_bounds
+from moe.expert_parallel import expert_parallel_dispatch
 from moe.experts import MoELayer
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
@@ -122,27 +123,106 @@ def test_biases_on_every_mesh_equal_one_device(shape, method):
     assert_same_on_every_device(compile_biased(sharded)(*arrays), compile_biased(dispatch)(*arrays))
 
 
-def test_layer_load_and_drops_are_sums_over_the_whole_batch():
-    config = MoEConfig(RouterConfig(E, K), expert_dim=F, dispatch='capacity', capacity_factor=0.5)
+@pytest.mark.parametrize('shape', [(2, 2, 2, 1), (1, 1, 4, 2)], ids=str)
+@pytest.mark.parametrize(('method', 'oracle'), [('grouped', 'dense'), ('capacity', 'capacity')])
+def test_chunks_change_nothing(shape, method, oracle):
+    run = functools.partial(
+        expert_parallel_dispatch,
+        mesh=mesh_of(shape),
+        method=method,
+        activation='gelu',
+        capacity_factor=1.0,
+    )
+    wanted = expected('uneven', oracle, 1.0)
+    exchanges = []
+    for chunks in (1, 2):
+        compiled = compile_for(functools.partial(run, exchange_chunks=chunks))
+        assert_same_on_every_device(compiled(*operands(), choices('uneven')), wanted)
+        text = compiled.lower(*operands(), choices('uneven')).as_text()
+        exchanges.append(text.count('stablehlo.all_to_all'))
+    assert exchanges[1] == 2 * exchanges[0] > 0
+
+
+def kept_by_hand(ids, mask, *, shards: int, capacity: int) -> np.ndarray:
+    """Which assignments find room: one row of the batch a shard, groups of shards in order."""
+    kept = np.zeros(ids.shape, bool)
+    for group in range(0, B, shards):
+        room = np.full(shards, capacity)
+        for b in range(group, group + shards):
+            for t, k in np.ndindex(T, K):
+                peer = ids[b, t, k] // (E // shards)
+                if mask[b, t] and room[peer] > 0:
+                    kept[b, t, k] = True
+                    room[peer] -= 1
+    return kept
+
+
+@pytest.mark.parametrize('factor', [0.5, 1.0, 1.4])
+def test_a_bounded_exchange_drops_what_has_no_room_and_counts_it(factor):
+    x, weights, gate_up, down, cotangent, mask = operands()
+    run = functools.partial(
+        expert_parallel_dispatch,
+        mesh=mesh_of((2, 1, 4, 1)),
+        method='grouped',
+        activation='gelu',
+        exchange_factor=factor,
+    )
+    compiled = compile_for(run)
+    for kind in ('uneven', 'one shard takes all'):
+        ids = choices(kind)
+        kept = kept_by_hand(ids, mask, shards=4, capacity=int(np.ceil(T * K * factor)))
+        oracle = functools.partial(dispatch, method='dense', activation='gelu')
+        left = np.where(kept, ids, E)
+        y, _, gradients = compile_for(oracle)(*operands(), left)
+        dropped = (mask[..., None] & ~kept).sum()
+        assert dropped > 0 or kind == 'uneven'
+        actual = compiled(x, weights, gate_up, down, cotangent, mask, ids)
+        assert_same_on_every_device(actual, (y, np.float32(dropped), gradients))
+
+
+def test_no_factor_reserves_more_than_the_worst_load():
+    assert exchange_bounds(6, 2, 8, 4, None) == Bounds(sent=12, received=48, pair=12)
+    assert exchange_bounds(6, 4, 8, 4, None) == Bounds(sent=24, received=48, pair=12)
+    assert exchange_bounds(6, 2, 8, 4, 1.3) == Bounds(sent=12, received=16, pair=12)
+    assert exchange_bounds(6, 2, 8, 4, 0.5) == Bounds(sent=12, received=6, pair=6)
+    assert exchange_bounds(6, 2, 8, 4, 99.0) == exchange_bounds(6, 2, 8, 4, None)
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'dispatch': 'capacity', 'capacity_factor': 0.5},
+        {'dispatch': 'grouped', 'exchange_factor': 0.5, 'exchange_chunks': 2},
+    ],
+    ids=str,
+)
+def test_layer_load_and_drops_are_sums_over_the_whole_batch(fields):
+    config = MoEConfig(RouterConfig(E, K), expert_dim=F, **fields)
     x, *_, mask = operands()
     one, many = (MoELayer(config, 'silu', mesh=m) for m in (None, mesh_of((1, 2, 2, 2))))
     variables = jax.jit(one.init)(jax.random.key(0), x, mask)
     y, router = jax.jit(one.apply)(variables, x, mask)
     sharded_y, sharded = jax.jit(many.apply)(variables, x, mask)
-    assert_same_on_every_device(sharded_y, y)
-    assert_same_on_every_device((sharded.load, sharded.dropped), (router.load, router.dropped))
+    assert_same_on_every_device(sharded.load, router.load)
     assert router.load.sum() == mask.sum() * K
-    assert router.dropped > 0
+    assert 0 < sharded.dropped < router.load.sum()
+    if config.dispatch == 'capacity':
+        assert_same_on_every_device((sharded_y, sharded.dropped), (y, router.dropped))
+    else:
+        # One device exchanges nothing, and has no bound.
+        assert router.dropped == 0
 
 
-def test_peer_plan_by_hand():
-    # Two shards of two experts; three tokens of two choices, the last token masked (expert 4).
-    groups = jnp.array([[3, 0], [2, 3], [4, 4]])
-    plan, sizes = peer_plan(groups, 4, 2)
-    np.testing.assert_array_equal(sizes, [[1, 0], [1, 2]])
-    # Six rows a shard: 3 tokens * min(K, E / shards).
-    np.testing.assert_array_equal(plan.source, [1, 6, 6, 6, 6, 6, 2, 0, 3, 6, 6, 6])
-    np.testing.assert_array_equal(plan.row, [[7, 0], [6, 8], [12, 12]])
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        (dict(exchange_factor=0.0), 'exchange_factor must be positive, or None'),
+        (dict(exchange_chunks=0), 'exchange_chunks must be a positive integer'),
+    ],
+)
+def test_exchanges_that_mean_nothing_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        MoEConfig(RouterConfig(E, K), expert_dim=F, **fields)
 
 
 @pytest.mark.parametrize(
