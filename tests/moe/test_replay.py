@@ -158,7 +158,8 @@ def test_a_replay_on_a_mesh_is_that_on_one_device(sizes):
         np.testing.assert_array_equal(layer.expert_ids, record.expert_ids)
         np.testing.assert_array_equal(layer.load, record.load)
         np.testing.assert_allclose(layer.expert_weights, record.expert_weights, rtol=1e-5)
-    np.testing.assert_allclose(replayed.logits, recorded.logits, rtol=1e-4, atol=1e-5)
+    # Logits near 0 are sums of terms that cancel: float32 leaves 3e-5 of them in another order.
+    np.testing.assert_allclose(replayed.logits, recorded.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_scanned_layers_replay_what_unrolled_ones_recorded():
