@@ -182,8 +182,11 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = dict(
-        source='python',  # or a path or glob of .txt, .jsonl, .parquet, ArrayRecord
+        source='python',  # or a path or glob of .txt, .jsonl, .parquet, ArrayRecord; or a folder
+        # of .jsonl logs, in which new files join at the next epoch
         field='text',  # of a .jsonl or .parquet row; 'messages' is rendered as a conversation
+        filter=config_dict.placeholder(str),  # of logs: an installed filter of personal data
+        allow_unlicensed=False,  # of logs: whether rows without a `licence` are trained on
         max_bytes=8_000_000,  # of text that is read, whole documents at a time
         tokenizer='bpe',  # 'bpe' (trained once on the train split) or 'byte'
         vocab_size=4096,  # entries of the 'bpe' tokenizer
@@ -199,9 +202,27 @@ def get_config() -> ml_collections.ConfigDict:
         # and tokenizer then count.
         checkpoint=config_dict.placeholder(str),
         dtype='float32',  # of the frozen teacher's parameters and activations
+        provenance=dict(  # of a teacher of one's own, what is not declared is known
+            name=config_dict.placeholder(str),
+            version=config_dict.placeholder(str),
+            licence=config_dict.placeholder(str),
+            permits_training=config_dict.placeholder(bool),  # whether its terms do, on its outputs
+        ),
         model=model(),
         optimizer=optimizer(),
         train=training(steps=400),
+    )
+    config.targets = dict(
+        kind='hidden',  # all of the teacher; or 'top_k', 'sampled'
+        cached=False,  # written once by a stage, rather than made beside the student
+        path=config_dict.placeholder(str),  # another study's folder of targets
+        steps=config_dict.placeholder(int),  # batches written; None for those of the student
+        temperature=1.0,  # of the teacher; that of the student's terms
+        k=64,  # ids of 'top_k'
+        draws=config_dict.placeholder(int),  # of 'sampled'; None finds it from `distinct`
+        distinct=12.0,  # ids of a token, on average
+        proposal_temperature=1.0,  # of the draws, which are weighed where it is not 1
+        rows_per_shard=256,
     )
     config.student = dict(
         model=model(),

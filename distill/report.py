@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from distill import pictures
 from distill.metrics import format_duration, format_quantity
 from distill.page import PAGE
+from distill.provenance import in_words
 from distill.summary import validate_summary
 from distill.tables import (
     NOT_MEASURED,
@@ -281,6 +282,7 @@ def _provenance(summary: Summary) -> str:
     ]
     facts = {
         'seed': summary['seed'],
+        **{who: in_words(terms) for who, terms in summary.get('provenance', {}).items()},
         'git commit': summary.get('git_commit', 'not measured'),
         **{f'{key} ': value for key, value in summary['devices'].items()},
         **summary['versions'],

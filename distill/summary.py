@@ -48,6 +48,11 @@ def _text(value: Any, where: str, problems: Problems) -> None:
         problems.append(f'{where}: text is required; received {value!r}')
 
 
+def _flag(value: Any, where: str, problems: Problems) -> None:
+    if not isinstance(value, bool):
+        problems.append(f'{where}: true or false is required; received {value!r}')
+
+
 def _one(value: Any, where: str, problems: Problems) -> None:
     if value != 1:
         problems.append(f'{where}: the schema is 1; received {value!r}')
@@ -157,6 +162,9 @@ _EXPERTS = _record(
     },
     {'gini': _number, 'max_violation_batch': _number, 'confidence': _number},
 )
+_PROVENANCE = _record(
+    {'name': _text, 'version': _text, 'licence': _text, 'permits_training': _flag}
+)
 _STAGE = _record({'seconds': _number}, {'steps': _count, 'tokens': _count})
 _START = _record(
     {'method': _text},
@@ -178,5 +186,6 @@ _SUMMARY = _record(
         'student_start': _START,
         'comparison': _COMPARISON,
         'experts': _each(_EXPERTS),
+        'provenance': _record({'teacher': _PROVENANCE}),
     },
 )

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorstore
 from jaxtyping import UInt8
 
 from distill.files import file_sha256
@@ -212,6 +211,8 @@ def writing(directory: pathlib.Path) -> Iterator[None]:
 
 def _open(directory: pathlib.Path, layout: Layout, *, create: bool) -> dict[str, Any]:
     """Opens the zarr3 array of each name."""
+    import tensorstore
+
     context = tensorstore.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
     opening = {
         name: tensorstore.open(

@@ -12,11 +12,21 @@ import ml_collections
 
 from distill import distributed
 from distill.corpus import TokenCorpus, load_or_tokenize
-from distill.data import DataConfig, EvaluationSet, TrainPipeline, evaluation_rows
+from distill.data import (
+    DataConfig,
+    EvaluationSet,
+    TrainPipeline,
+    evaluation_rows,
+    fingerprint,
+)
+from distill.growing import GrowingPipeline
+from distill.logs import Ledger, Logs
 from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.sources import Document, read_documents, split_documents
+from distill.target_stream import Pipeline
 from distill.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_or_load
 from distill.types import Batch
+from experiments.filters import load_filter
 from experiments.fit import require_fit
 from experiments.identity import model_identity
 from experiments.signals import StopSignal
@@ -68,7 +78,10 @@ class Context:
     def split(self) -> tuple[list[Document], list[Document]]:
         """Train and held-out documents."""
         data = self.study.data
-        found = read_documents(data.source, field=data.field)
+        if self.ledger is None:
+            found = read_documents(data.source, field=data.field)
+        else:
+            found = self._logged(0)
         documents = _limited(found, data.max_bytes)
         if len(documents) < len(found) and distributed.is_writer():
             print(
@@ -83,6 +96,51 @@ class Context:
         """The stage that made the teacher, of this study or of another."""
         checkpoint = self.study.teacher.checkpoint
         return self.workdir.path / 'teacher' if checkpoint is None else pathlib.Path(checkpoint)
+
+    @functools.cached_property
+    def ledger(self) -> Ledger | None:
+        """The epochs of a folder of logs; None for text of another source."""
+        data = self.study.data
+        folder, file = pathlib.Path(data.source).expanduser(), self.workdir.path / 'ledger.json'
+        if folder.is_dir() and (file.exists() or any(folder.glob('*.jsonl'))):
+            keep, name = (None, None) if data.filter is None else load_filter(data.filter)
+            logs = Logs(str(folder), data.field, data.allow_unlicensed, keep, name)
+            return Ledger(file, logs)
+        if data.filter is not None or data.allow_unlicensed:
+            raise InputError(
+                'data.filter and data.allow_unlicensed are for a folder of .jsonl logs; received '
+                f'data.source={data.source!r}. Name the folder, or leave them out.'
+            )
+        return None
+
+    def _logged(self, epoch: int) -> list[Document]:
+        """The logs of an epoch; the first process to ask for a new one fixes what it is."""
+        assert self.ledger is not None
+        read = functools.partial(self.ledger.documents, epoch, write=distributed.is_writer())
+        documents = _writer_first(read, f'logs of epoch {epoch}')
+        known = self.ledger.epoch(epoch)
+        if distributed.is_writer() and (known.unlicensed or known.filtered):
+            print(
+                f'logs of epoch {epoch}: {known.unlicensed} rows without a licence and '
+                f'{known.filtered} that the filter refused are left out',
+                file=sys.stderr,
+            )
+        return documents
+
+    def epoch_documents(self, epoch: int) -> list[Document]:
+        """What is trained on in an epoch: all that was held out at first stays held out."""
+        if self.ledger is None or epoch == 0:
+            return self.split[0]
+        held_out = {document.text for document in self.split[1]}
+        found = _limited(self._logged(epoch), self.study.data.max_bytes)
+        return [document for document in found if document.text not in held_out]
+
+    def _epoch_corpus(self, epoch: int) -> TokenCorpus:
+        documents, tokenizer = self.epoch_documents(epoch), self.tokenizer
+        folder = self.workdir.path / 'tokens'
+        return _writer_first(
+            lambda: load_or_tokenize(folder, documents, tokenizer), f'tokens of epoch {epoch}'
+        )
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -102,11 +160,8 @@ class Context:
 
     @functools.cached_property
     def corpus(self) -> TokenCorpus:
-        """The tokens of the train split."""
-        folder = self.workdir.path / 'tokens'
-        # Made outside of what one process does first: it has a barrier of its own.
-        tokenizer = self.tokenizer
-        return _writer_first(lambda: load_or_tokenize(folder, self.split[0], tokenizer), 'tokens')
+        """The tokens of the train split; of the first epoch, where the text grows."""
+        return self._epoch_corpus(0)
 
     @functools.cached_property
     def held_out(self) -> EvaluationSet:
@@ -116,16 +171,26 @@ class Context:
             self.split[1], self.tokenizer, data.seq_len, max_documents=data.held_out_documents
         )
 
-    def pipeline(self) -> TrainPipeline:
-        """A fresh stream of training batches, alike for every model of the study."""
+    @property
+    def batches(self) -> DataConfig:
+        """How documents become batches."""
         data = self.study.data
+        return DataConfig(data.seq_len, data.batch_size, self.study.seed)
+
+    @property
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What the sequence of batches depends on."""
+        return fingerprint(self.corpus, self.batches)
+
+    def pipeline(self) -> Pipeline:
+        """A fresh stream of training batches, alike for every model of the study."""
         index, count = distributed.data_share(batch_sharding(self.mesh))
-        return TrainPipeline(
-            self.corpus,
-            DataConfig(data.seq_len, data.batch_size, self.study.seed),
-            process_index=index,
-            process_count=count,
-        )
+        share: Any = {'process_index': index, 'process_count': count}
+        # Bad text is found out here, not at the first batch.
+        corpus = self.corpus
+        if self.ledger is not None:
+            return GrowingPipeline(self._epoch_corpus, self.batches, **share)
+        return TrainPipeline(corpus, self.batches, **share)
 
     def training_rows(self, count: int) -> Batch:
         """The first rows of the train split in the study's order, whole on every process."""

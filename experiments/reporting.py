@@ -25,12 +25,17 @@ UNITS = {
 _TRAINED = ('teacher', 'student', 'control')
 
 
-def write_study_report(context: Context) -> None:
-    """Writes the report, and prints the table, where the report is and what to try next."""
+def write_study_report(context: Context, *, teacher: dict[str, Any]) -> None:
+    """Writes the report, and prints the table, where the report is and what to try next.
+
+    Args:
+        context: of the study.
+        teacher: its provenance.
+    """
     if not distributed.is_writer():
         return
     evaluation = context.workdir.require_result('evaluate', wanted_by='report')
-    summary = _summary(context, evaluation)
+    summary = _summary(context, evaluation) | {'provenance': {'teacher': teacher}}
     page = write_report(
         context.workdir.path,
         summary,
@@ -69,7 +74,7 @@ def _number(measured: Any) -> float | None:
 
 
 def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
-    stages = {name: context.workdir.result(name) for name in (*_TRAINED, 'evaluate')}
+    stages = {name: context.workdir.result(name) for name in (*_TRAINED, 'targets', 'evaluate')}
     return {
         'schema': 1,
         'command': context.command,

@@ -10,18 +10,24 @@ from typing import Any
 import jax
 
 from distill import distributed
+from distill.cache import CachedTargets
+from distill.checkpoint import read_metadata
 from distill.config import BalanceConfig, TrainConfig
 from distill.loop import Stopped
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, make_optimizer
+from distill.provenance import Provenance, require_permission
 from distill.step import Recipe
-from distill.teacher import OnlineTeacher
+from distill.target_stream import TargetStream
+from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher, Teacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
 from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
 from experiments.reporting import write_study_report
 from experiments.seen import record_seen, refuse_seen
+from experiments.study import OWN_TEACHER
+from experiments.targets import online_estimator, open_targets, write_targets
 from experiments.training import Run, load_model, model_sha256, train_model
 from moe.config import TransformerConfig
 from moe.convert import family_of, folder_sha256, load_pretrained
@@ -43,8 +49,13 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
     if 'export' in names:
         # Before anything is trained that could not be exported.
         family_of(context.study.student.model)
+    if names == ('targets',) and not context.study.targets.cached:
+        raise InputError(
+            "--stages=targets needs config.targets.cached=True and a kind of 'top_k' or 'sampled'; "
+            f'received kind={context.study.targets.kind!r}, cached=False.'
+        )
     for name, stage in STAGES.items():
-        if name not in names:
+        if name not in names or (name == 'targets' and not context.study.targets.cached):
             continue
         # Figures that are asked for are written, though the report stands.
         again = name == 'report' and context.json_path is not None
@@ -88,11 +99,26 @@ def teacher(context: Context) -> dict[str, Any]:
     return _train(context, 'teacher', recipe, initial)
 
 
+def targets(context: Context) -> dict[str, Any]:
+    """Writes what the teacher says of the student's batches, or checks what another study wrote."""
+    context.workdir.require_result('teacher', wanted_by='targets')
+    if context.study.targets.path is not None:
+        return {'rows': len(open_targets(context, _teacher_facts(context)))}
+    model, variables = load_teacher(context)
+    return write_targets(context, model, variables, _teacher_facts(context))
+
+
 def student(context: Context) -> dict[str, Any]:
-    """Distils the teacher into the student."""
+    """Distils the teacher, or what it said before, into the student."""
     config = context.study.student
     context.workdir.require_result('teacher', wanted_by='student')
-    model, variables = load_teacher(context)
+    reader = None
+    if context.study.targets.cached:
+        context.workdir.require_result('targets', wanted_by='student')
+        reader = open_targets(context, _teacher_facts(context))
+        teacher, variables = CachedTeacher(), {}
+    else:
+        teacher, variables = _online_teacher(context)
     recipe = _recipe(
         context,
         config.model,
@@ -100,7 +126,7 @@ def student(context: Context) -> dict[str, Any]:
         config.optimizer,
         config.train,
         balance=config.balance,
-        teacher=OnlineTeacher(model),
+        teacher=teacher,
     )
     return _train(
         context,
@@ -109,7 +135,8 @@ def student(context: Context) -> dict[str, Any]:
         functools.partial(initial_variables, context, _key(context, _STUDENT_KEY)),
         start=started_from(context),
         teacher=variables,
-        taught_by=_teacher_sha256(context),
+        taught_by=_teacher_facts(context),
+        reader=reader,
     )
 
 
@@ -150,7 +177,7 @@ def evaluate(context: Context) -> dict[str, Any]:
 def report(context: Context) -> dict[str, Any]:
     """Writes summary.json, report.html and the pictures, and prints the table."""
     context.workdir.require_result('evaluate', wanted_by='report')
-    write_study_report(context)
+    write_study_report(context, teacher=_teacher_facts(context)['provenance'])
     return {}
 
 
@@ -165,6 +192,7 @@ def export(context: Context) -> dict[str, Any]:
 
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     'teacher': teacher,
+    'targets': targets,
     'student': student,
     'control': control,
     'evaluate': evaluate,
@@ -206,6 +234,34 @@ def _teacher_sha256(context: Context) -> str:
     return model_sha256(folder / 'model')
 
 
+def _online_teacher(context: Context) -> tuple[Teacher, Any]:
+    """The teacher beside the student: all of it, or the estimate of it that might be cached."""
+    model, variables = load_teacher(context)
+    online = OnlineTeacher(model)
+    if context.study.targets.kind == 'hidden':
+        return online, variables
+    return EstimatedTeacher(online, online_estimator(context, model, variables)), variables
+
+
+def _teacher_facts(context: Context) -> dict[str, Any]:
+    """Who the teacher is: the hash of its weights and its provenance."""
+    sha256 = _teacher_sha256(context)
+    own = dataclasses.replace(OWN_TEACHER, version=sha256[:16])
+    if context.study.teacher.source == 'hf':
+        own = Provenance(name=context.teacher_folder.name, version=sha256[:16])
+    elif context.study.teacher.checkpoint is not None:
+        folder = context.teacher_folder / 'model'
+        own = dataclasses.replace(own, name=f'checkpoint {folder.parent.name!r} of another study')
+        # What was taught itself is under its own teacher's terms.
+        taught_by = read_metadata(folder).metadata['identity'].get('teacher')
+        if isinstance(taught_by, dict):
+            terms = {key: taught_by['provenance'][key] for key in ('licence', 'permits_training')}
+            own = dataclasses.replace(own, **terms)
+    provenance = context.study.teacher.provenance.filled(own)
+    require_permission(provenance, 'The teacher')
+    return {'sha256': sha256, 'provenance': dataclasses.asdict(provenance)}
+
+
 def _recipe(
     context: Context,
     model: TransformerConfig,
@@ -214,7 +270,7 @@ def _recipe(
     train: TrainConfig,
     *,
     balance: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
-    teacher: OnlineTeacher | None = None,
+    teacher: Teacher | None = None,
 ) -> Recipe:
     built = context.model(model)
     axes = logical_axes(built)['params']
@@ -231,7 +287,8 @@ def _train(
     *,
     start: dict[str, Any] | None = None,
     teacher: Any = None,
-    taught_by: str | None = None,
+    taught_by: dict[str, Any] | None = None,
+    reader: CachedTargets | None = None,
 ) -> dict[str, Any]:
     """Trains from the variables that `initial` makes, unless there is a checkpoint to go on from.
 
@@ -242,11 +299,13 @@ def _train(
         initial: makes the variables, placed.
         start: describes how they are made, where they need not be random.
         teacher: variables of the frozen teacher.
-        taught_by: its checksum.
+        taught_by: who that is, see `_teacher_facts`.
+        reader: of what it said before, where it is not there.
     """
     data = context.study.data
     # Bad text is found out before the folder becomes this study's.
     pipeline = context.pipeline()
+    stream = pipeline if reader is None else TargetStream(pipeline, reader)
     run = Run(
         stage=stage,
         folder=context.workdir.stage(stage),
@@ -259,7 +318,12 @@ def _train(
     )
     if distributed.is_writer():
         record_seen(run.folder, context.split[0])
-    return train_model(run, pipeline, context.stop) | ({} if start is None else {'start': start})
+    result = train_model(run, stream, context.stop)
+    if context.ledger is not None:
+        seen = context.epoch_documents(len(context.ledger) - 1)
+        if distributed.is_writer():
+            record_seen(run.folder, seen)
+    return result | ({} if start is None else {'start': start})
 
 
 def _key(context: Context, number: int) -> jax.Array:

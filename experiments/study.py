@@ -8,9 +8,11 @@ import ml_collections
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.cost import chip_price
+from distill.estimators import SampledEstimator, TopKEstimator
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, learning_rate_schedule
 from distill.pairs import require_sound
+from distill.provenance import Provenance, require_permission
 from distill.schedules import Schedule
 from distill.tokenizer import ByteTokenizer
 from experiments.build import build
@@ -27,8 +29,11 @@ class TextConfig:
     """Which text, how it becomes tokens and how tokens become batches.
 
     Attributes:
-        source: 'python', or a path or glob.
+        source: 'python', a path or glob, or a folder of `.jsonl` logs that may grow.
         field: of a row of .jsonl, .parquet or ArrayRecord.
+        filter: of a folder of logs: the installed filter that takes out what is personal; None for
+            none. See `experiments.filters`.
+        allow_unlicensed: of a folder of logs: whether rows without a licence are trained on.
         max_bytes: of text that is read, whole documents at a time.
         tokenizer: 'byte', or 'bpe', trained once on the train split.
         vocab_size: entries of the 'bpe' tokenizer.
@@ -40,6 +45,8 @@ class TextConfig:
 
     source: str
     field: str
+    filter: str | None
+    allow_unlicensed: bool
     max_bytes: int
     tokenizer: Literal['bpe', 'byte']
     vocab_size: int
@@ -60,6 +67,11 @@ class TextConfig:
         return ByteTokenizer().vocab_size if self.tokenizer == 'byte' else self.vocab_size
 
 
+OWN_TEACHER = Provenance('trained in this study', 'its weights', "its owner's", True)
+# What a folder tells of itself; its terms are for the user to read and to declare.
+PUBLISHED_TEACHER = Provenance(name='a published model', version='its weights')
+
+
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
     """A teacher trained in this run, a checkpoint of ours, or a published model.
@@ -69,6 +81,8 @@ class TeacherConfig:
         checkpoint: the folder of a stage that trained it, or, with 'hf', of a published model, as
             `transformers` saves it; `~` is the home folder.
         dtype: of the frozen teacher's parameters and activations.
+        provenance: its declaration; a teacher of one's own needs none, a published one needs its
+            licence and whether that permits training.
         model: its architecture; with 'hf' that of the folder, whatever the config says here.
         optimizer: how it is trained; read where source='train', as is the next.
         train: for how long.
@@ -77,6 +91,7 @@ class TeacherConfig:
     source: Literal['train', 'checkpoint', 'hf']
     checkpoint: str | None
     dtype: Literal['float32', 'bfloat16']
+    provenance: Provenance
     model: TransformerConfig
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -88,6 +103,9 @@ class TeacherConfig:
                 "source='checkpoint', or a published model's and goes with source='hf'; received "
                 f'source={self.source!r} and checkpoint={self.checkpoint!r}.'
             )
+        # One's own is declared by where it comes from; what is declared besides must allow it.
+        known = PUBLISHED_TEACHER if self.source == 'hf' else OWN_TEACHER
+        require_permission(self.provenance.filled(known), 'The teacher')
         if self.checkpoint is not None:
             object.__setattr__(self, 'checkpoint', os.path.expanduser(self.checkpoint))
         _require_causal(self.model)
@@ -154,6 +172,67 @@ def _ever_counts(term: Term) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class TargetsConfig:
+    """What the student is given of its teacher.
+
+    Attributes:
+        kind: 'hidden' (everything), 'top_k' (the likeliest ids and the mass of the rest) or
+            'sampled' (ids drawn from the teacher).
+        cached: whether a stage writes targets for any number of students, that then need no
+            teacher; else it runs beside the student. Not of kind 'hidden'.
+        path: another study's folder of targets, to read them rather than write them.
+        steps: batches of training whose targets are written; None for the student's own steps.
+        temperature: divides the teacher's logits; that of the terms it is used in. Of 'hidden', 1.
+        k: ids of 'top_k'.
+        draws: of 'sampled', of each token; None finds the number that gives `distinct` ids.
+        distinct: ids of a token, on average over the first batch.
+        proposal_temperature: divides the logits once more to draw; draws are then weighed.
+        rows_per_shard: rows of a file; as many are lost at most when a writer is killed.
+    """
+
+    kind: Literal['hidden', 'top_k', 'sampled']
+    cached: bool
+    path: str | None
+    steps: int | None
+    temperature: float
+    k: int
+    draws: int | None
+    distinct: float
+    proposal_temperature: float
+    rows_per_shard: int
+
+    def __post_init__(self) -> None:
+        if self.cached and self.kind == 'hidden':
+            raise InputError(
+                "targets.kind must be 'top_k' or 'sampled' where targets.cached=True; received "
+                "'hidden', which is not written: it is larger than the teacher's work. Choose one, "
+                'or set cached=False.'
+            )
+        if not self.cached and (self.path is not None or self.steps is not None):
+            raise InputError(
+                'targets.path and targets.steps need targets.cached=True; received False. Set it, '
+                'or leave them out.'
+            )
+        if self.kind == 'hidden':
+            require(
+                self.temperature == 1,
+                'targets.temperature',
+                "1 for kind='hidden', whose terms have their own",
+                self.temperature,
+            )
+        TopKEstimator(self.k, self.temperature)
+        SampledEstimator(
+            1 if self.draws is None else self.draws, self.temperature, self.proposal_temperature
+        )
+        require(self.distinct >= 1, 'targets.distinct', 'at least 1', self.distinct)
+        for name in ('steps', 'rows_per_shard'):
+            value = getattr(self, name)
+            require(value is None or value > 0, f'targets.{name}', 'positive', value)
+        if self.path is not None:
+            object.__setattr__(self, 'path', os.path.expanduser(self.path))
+
+
+@dataclasses.dataclass(frozen=True)
 class ControlConfig:
     """What the student's twin learns from instead: the text alone, no teacher."""
 
@@ -206,11 +285,23 @@ class StudyConfig:
     data: TextConfig
     mesh: MeshConfig
     teacher: TeacherConfig
+    targets: TargetsConfig
     student: StudentConfig
     control: ControlConfig
     evaluate: EvaluateConfig
 
+    @property
+    def target_steps(self) -> int:
+        """Batches of training whose targets are written."""
+        return self.targets.steps or self.student.train.steps
+
     def __post_init__(self) -> None:
+        require(
+            self.target_steps >= self.student.train.steps,
+            'targets.steps',
+            f'at least student.train.steps={self.student.train.steps}, or None',
+            self.target_steps,
+        )
         for name, train in (('teacher', self.teacher.train), ('student', self.student.train)):
             require(
                 self.data.batch_size % train.micro_batches == 0,
@@ -222,9 +313,13 @@ class StudyConfig:
         init = self.student.init
         if not init.is_random and init.source == 'teacher':
             init.require_reachable(self.teacher.model, self.student.model)
-        # A teacher in the same program speaks in hidden states.
-        terms = self.student.objective().terms
-        require_sound(terms, 'hidden', kept=self.data.model_vocab_size)
+        targets = self.targets
+        require_sound(
+            self.student.objective().terms,
+            targets.kind,
+            temperature=targets.temperature,
+            kept=targets.k if targets.kind == 'top_k' else self.data.model_vocab_size,
+        )
 
 
 def build_study(config: ml_collections.ConfigDict) -> StudyConfig:

@@ -11,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill import distributed
 from distill.checkpoint import CheckpointManager, complete_steps, read_metadata
-from distill.data import TrainPipeline
 from distill.loop import Hooks, train
 from distill.manifest import manifest_sha256
 from distill.optimizer import optimizer_state_shardings
 from distill.step import Recipe, StepMetrics, initial_state, make_train_step
+from distill.target_stream import Pipeline
 from distill.types import Batch, TrainState
 from experiments.signals import StopSignal
 from experiments.watch import Watch
@@ -52,7 +52,7 @@ class Run:
     tokens_per_step: int
 
 
-def train_model(run: Run, pipeline: TrainPipeline, stop: StopSignal) -> dict[str, Any]:
+def train_model(run: Run, pipeline: Pipeline, stop: StopSignal) -> dict[str, Any]:
     """Trains to the last step, from the newest good checkpoint where there is one.
 
     Returns:
@@ -166,7 +166,7 @@ def require_identity(saved: dict[str, Any], current: dict[str, Any], folder: pat
 
 
 def _start(
-    run: Run, manager: CheckpointManager, pipeline: TrainPipeline, shardings: TrainState
+    run: Run, manager: CheckpointManager, pipeline: Pipeline, shardings: TrainState
 ) -> tuple[TrainState, float]:
     """Returns the state to go on from and the seconds behind it; sets the pipeline's position."""
     initial = functools.partial(initial_state, run.recipe)

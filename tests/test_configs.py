@@ -16,6 +16,7 @@ from configs import base
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Term
 from distill.optimizer import OptimizerConfig
+from distill.provenance import Provenance
 from distill.schedules import Schedule
 from experiments.init_config import InitConfig
 from experiments.study import (
@@ -23,6 +24,7 @@ from experiments.study import (
     EvaluateConfig,
     StudentConfig,
     StudyConfig,
+    TargetsConfig,
     TeacherConfig,
     TextConfig,
     build_study,
@@ -74,6 +76,8 @@ PARTS = {
     'data': TextConfig,
     'mesh': MeshConfig,
     'teacher': TeacherConfig,
+    'teacher.provenance': Provenance,
+    'targets': TargetsConfig,
     'student': StudentConfig,
     'student.init': InitConfig,
     'student.balance': BalanceConfig,

@@ -56,6 +56,9 @@ SUMMARY = {
     ],
 }
 SUMMARY['stages']['student']['tokens'] = 50_000
+SUMMARY['provenance'] = {
+    'teacher': {'name': HOSTILE, 'version': 'v9', 'licence': 'MIT', 'permits_training': True}
+}
 MINIMAL = {
     'schema': 1,
     'command': 'study',
@@ -161,6 +164,10 @@ def test_the_page_carries_the_numbers():
         assert number in page().text
 
 
+def test_the_page_says_on_what_terms_the_teacher_taught():
+    assert 'v9; licence: MIT; its terms permit training on its outputs' in page().text
+
+
 def test_what_was_not_measured_is_a_dash_that_says_so_and_never_zero():
     assert page().row('KL from teacher nats/token') == ['\u2013', '0.321 0.301 to 0.341', '\u2013']
     assert page().row('Price million tokens') == ['\u2013', '$0.500', '\u2013']
@@ -188,8 +195,8 @@ def test_what_a_model_or_a_user_wrote_is_text():
     text = page().text
     assert f'study --name={HOSTILE}' in text
     assert json.dumps(HOSTILE) in text, 'the config'
-    # Command, device, stage, chip, basis, prompt, and the text of the student.
-    assert text.count(HOSTILE) == 7
+    # Command, device, stage, chip, basis, teacher, prompt, and the text of the student.
+    assert text.count(HOSTILE) == 8
     assert '<script' not in render(SUMMARY, SAMPLES, {})
     labels = [attrs['aria-label'] for tag, attrs in page().tags if 'aria-label' in attrs]
     assert labels == ['Once ', HOSTILE]

@@ -6,6 +6,8 @@ import pathlib
 import numpy as np
 from launching import LONGEST_LAUNCH, MESH, STEPS, Launcher, checkpoint_arrays, metric_rows
 
+from distill.checkpoint import read_metadata
+
 TRAINED = ('teacher', 'student', 'control')
 STAGES = (*TRAINED, 'evaluate', 'report')
 
@@ -31,6 +33,10 @@ def test_walks_every_stage(uninterrupted: pathlib.Path):
     assert set(summary['models']) == set(TRAINED)
     assert set(summary['stages']) == {*TRAINED, 'evaluate'}
     assert summary['devices']['count'] == 8
+    teacher = summary['provenance']['teacher']
+    assert (teacher['name'], teacher['permits_training']) == ('trained in this study', True)
+    identity = read_metadata(uninterrupted / 'student' / 'checkpoints').metadata['identity']
+    assert identity['teacher']['provenance'] == teacher
     assert '<html' in (uninterrupted / 'report.html').read_text()
 
 

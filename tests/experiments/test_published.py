@@ -47,6 +47,8 @@ def study(
             workdir,
             '--config.teacher.source=hf',
             f'--config.teacher.checkpoint={published}',
+            '--config.teacher.provenance.licence=apache-2.0',
+            '--config.teacher.provenance.permits_training=true',
             '--stages=teacher,student,control,evaluate,report,export',
             *STUDENT,
         )

@@ -54,6 +54,7 @@ WITHOUT_BIAS = {
     'student__balance__selection_bias_rate': 0.0,
 }
 UPCYCLED = {'student__init__method': 'upcycle'}
+CACHED = {'targets__kind': 'top_k', 'targets__cached': True}
 DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0.0}
 
 
@@ -62,8 +63,17 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
     [
         (
             {'student__terms__kl__name': 'hinge', 'student__terms__kl__k': 260},
-            'k=260 ids, and hidden targets .* received 259',
+            'k=260 ids, and hidden targets must have at least as many; received 259',
         ),
+        ({'targets__kind': 'hidden', 'targets__cached': True}, "must be 'top_k' or 'sampled'"),
+        ({'targets__path': 'x'}, 'targets.path and targets.steps need targets.cached=True'),
+        ({'targets__kind': 'top_k', 'targets__k': 0}, 'targets.k must be at least 1'),
+        ({'targets__temperature': 2.0}, "targets.temperature must be 1 for kind='hidden'"),
+        ({'targets__distinct': 0.5}, 'targets.distinct must be at least 1'),
+        (CACHED | {'targets__steps': 3}, 'targets.steps must be at least student.train.steps=12'),
+        (CACHED | {'targets__rows_per_shard': 0}, 'targets.rows_per_shard must be positive'),
+        ({'teacher__provenance__permits_training': False}, 'nothing may be trained on its outputs'),
+        ({'teacher__provenance__licence': ' '}, 'provenance.licence must be a text'),
         ({'studnt': 1}, "config has no key 'studnt'. Did you mean 'student'"),
         ({'data__sequence': 1}, "config.data has no key 'sequence'"),
         ({'student__model__layers': 1}, "config.student.model has no key 'layers'"),

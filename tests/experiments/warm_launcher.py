@@ -6,7 +6,8 @@ bytes, and answers with its pid; {"wait": PID} answers with its exit status, neg
 
 An event [WHERE, STAGE, STEP, SIGNAL] sends a signal to the launch from within, at a moment that a
 signal from outside could hit by luck alone: 'step' after a step was observed, 'saving' while
-orbax writes the arrays in the background, 'unsealed' when they are written and the manifest is not.
+orbax writes the arrays in the background, 'unsealed' when they are written and the manifest is not,
+'shard' when the shard of targets numbered STEP is written and the journal does not list it.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 
-from distill import checkpoint
+from distill import checkpoint, target_store
 from experiments import cli, launch
 from experiments.watch import Watch
 
@@ -47,6 +48,15 @@ def plan(where: str, stage: str, step: int, signal: int) -> None:
             return response
 
         checkpoint.ocp.save_async = save_and_strike
+    elif where == 'shard':
+        write = target_store.write_json
+
+        def strike_or_list(path: Any, value: Any) -> None:
+            if path.name == f'{step}.json':
+                strike()
+            write(path, value)
+
+        target_store.write_json = strike_or_list
     else:
         seal = checkpoint.write_manifest
 
