@@ -51,6 +51,7 @@ def model() -> ml_collections.ConfigDict:
             scale_embedding=False,  # by embed_dim^0.5
             logit_soft_cap=config_dict.placeholder(float),
             tie_embeddings=True,
+            mtp_depth=0,  # modules that predict 1, 2, ... tokens further ahead
             scan_layers=True,
             remat='none',  # 'none', 'dots' or 'full'
             dtype='float32',  # of activations
@@ -211,6 +212,7 @@ def get_config() -> ml_collections.ConfigDict:
         model=model(),
         optimizer=optimizer(),
         train=training(steps=400),
+        mtp_weight=0.0,  # of the loss over tokens further ahead; above 0 with model.mtp_depth
     )
     config.targets = dict(
         kind='hidden',  # all of the teacher; or 'top_k', 'sampled'
@@ -236,6 +238,7 @@ def get_config() -> ml_collections.ConfigDict:
             selection_bias_rate=1e-3,
             selection_bias_rule='sign',  # or 'proportional'
         ),
+        mtp_weight=0.0,  # of the same terms over tokens further ahead, the control's too
         terms=dict(
             kl=term('forward_kl', weight=0.9),
             ce=term('cross_entropy', weight=0.1),

@@ -190,8 +190,8 @@ def training_flops(
 ) -> int:
     """Counts the FLOPs of training: a backward pass costs two forward passes; a teacher only reads.
 
-    `tokens * (3 forward(student) + forward(teacher))`. Recomputation (remat) and the optimizer's
-    elementwise work are not counted.
+    `tokens * (3 forward(student) + forward(teacher))`, the student's with its multi-token
+    prediction. Recomputation (remat) and the optimizer's elementwise work are not counted.
 
     Args:
         config: the model that is trained.
@@ -203,7 +203,7 @@ def training_flops(
         InputError: where a count is not positive.
     """
     require(tokens >= 1, 'tokens', 'at least 1', tokens)
-    forward = flops_per_token(config, context_length=context_length).total
+    forward = flops_per_token(config, context_length=context_length, mtp=True).total
     total = (1 + BACKWARD_TO_FORWARD) * forward
     if teacher is not None:
         total += flops_per_token(teacher, context_length=context_length).total

@@ -114,9 +114,12 @@ class Objective:
 
     Attributes:
         terms: one or more `Term`.
+        mtp_weight: of the same terms over tokens further ahead, for a model with multi-token
+            prediction; a number or a `Schedule`.
     """
 
     terms: tuple[Term, ...]
+    mtp_weight: float | Schedule = 0.0
 
     def __post_init__(self) -> None:
         valid = isinstance(self.terms, tuple) and all(isinstance(t, Term) for t in self.terms)
@@ -124,11 +127,18 @@ class Objective:
             raise InputError(
                 f'An objective needs a tuple of one or more Term; received {self.terms!r}.'
             )
+        _check(self.mtp_weight, lambda x: x >= 0, 'mtp_weight', 'zero or more')
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
         return any(term.needs_teacher for term in self.terms)
+
+    @property
+    def uses_mtp(self) -> bool:
+        """Whether tokens further ahead count at any step."""
+        weight = self.mtp_weight
+        return any(w > 0 for w in (weight.bounds if isinstance(weight, Schedule) else (weight,)))
 
     def at(self, step: Int[Array, ''] | int) -> tuple[Term, ...]:
         """Returns the terms with every schedule's value at a step, which may be traced."""

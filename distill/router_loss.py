@@ -21,17 +21,17 @@ class RouterLoss:
     Attributes:
         loss: the weighted losses, over the number of layers.
         pairs: (sum, weight) of each loss by name, over tokens and layers.
-        confidence: of each layer; see `moe.balance.router_confidence`.
+        confidence: (sum, weight) of each layer; see `moe.balance.router_confidence`.
     """
 
     loss: Float[Array, '']
     pairs: dict[str, Pair]
-    confidence: Float[Array, 'layers']
+    confidence: tuple[Float[Array, 'layers'], Float[Array, 'layers']]
 
 
 def router_loss(
     routers: Sequence[RouterOutput],
-    mask: Bool[Array, 'B T'],
+    masks: Sequence[Bool[Array, 'B T']],
     balance: BalanceConfig,
     *,
     score: ScoreFunction,
@@ -41,13 +41,13 @@ def router_loss(
 
     Args:
         routers: one for each MoE layer, at least one.
-        mask: True for tokens that were routed.
+        masks: of each, True for tokens that were routed.
         balance: weights, and whose load a token is judged by.
         score: the routers' score function.
         load: over all micro-batches, for the scope 'global'; None where `routers` saw them all.
 
     Returns:
-        The sums; to be divided by the number of unmasked tokens of all micro-batches.
+        The sums; `loss` to be divided by the number of unmasked tokens of all micro-batches.
     """
     loads = [None] * len(routers) if load is None else list(load)
     balanced = _sum_pairs(
@@ -55,15 +55,18 @@ def router_loss(
             load_balance_loss(
                 router, mask, scope=balance.load_balance_scope, score=score, load=layer_load
             )
-            for router, layer_load in zip(routers, loads, strict=True)
+            for router, mask, layer_load in zip(routers, masks, loads, strict=True)
         ]
     )
-    squared = _sum_pairs([router_z_loss(router, mask) for router in routers])
+    routed = [*zip(routers, masks, strict=True)]
+    squared = _sum_pairs([router_z_loss(router, mask) for router, mask in routed])
+    best = [router_confidence(router, mask, score=score) for router, mask in routed]
+    sums, weights = zip(*best, strict=True)
     loss = balance.load_balance_weight * balanced[0] + balance.router_z_weight * squared[0]
     return RouterLoss(
         loss=loss / len(routers),
         pairs={'load_balance_loss': balanced, 'router_z_loss': squared},
-        confidence=jnp.stack([router_confidence(r, mask, score=score)[0] for r in routers]),
+        confidence=(jnp.stack(sums), jnp.stack(weights)),
     )
 
 

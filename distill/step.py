@@ -12,15 +12,18 @@ from jaxtyping import Array, Float, Int
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.fused import fused_distillation_loss
+from distill.mtp_loss import mtp_loss, require_weight
 from distill.objective import Objective
 from distill.router_loss import router_loss
+from distill.schedules import value_at
 from distill.teacher import Teacher
 from distill.types import Batch, TrainState
 from moe.errors import InputError
+from moe.mtp import same_segment_ahead
 from moe.qk_clip import MAX_LOGITS, clip_heads, require_clippable
 from moe.selection_bias import update_selection_bias
 from moe.transformer import Transformer, output_head
-from moe.types import ModelOutput
+from moe.types import ModelOutput, RouterOutput
 from moe.validation import require
 
 
@@ -62,6 +65,7 @@ class Recipe:
         if self.qk_clip is not None:
             require(self.qk_clip > 0, 'qk_clip', 'positive, or None', self.qk_clip)
             require_clippable(self.model.config)
+        require_weight(self.model.config, self.objective)
 
 
 def initial_state(recipe: Recipe, variables: dict[str, Any]) -> TrainState:
@@ -82,7 +86,8 @@ class StepMetrics:
     Attributes:
         pairs: (sum, weight) by name; losses in nats per unmasked token.
         skipped: updates skipped in a row, this one included; int32.
-        load: assignments to each expert of each MoE layer; None without experts.
+        load: assignments to each expert of each MoE layer, after the model's own those of its
+            multi-token-prediction modules; None without experts.
         dropped: assignments among them that found no slot; None without experts.
         confidence: the mean over routed tokens of each router's largest score, see
             `moe.balance.router_confidence`; None without experts.
@@ -104,6 +109,7 @@ def make_train_step(
 
         sum over micro-batches of
             (sum over unmasked tokens of the terms) / M
+          + mtp_weight * (the same of the tokens further ahead, see `distill.mtp_loss`)
           + load_balance_weight * (sum over sequences and MoE layers of the load-balance loss) / R L
           + router_z_weight * (sum over tokens and MoE layers of the z-loss) / R L,
 
@@ -125,9 +131,10 @@ def make_train_step(
         if max_logits is not None:
             largest = [leaf.max() for leaf in jax.tree.leaves(max_logits)]
             pairs['max_attention_logit'] = (jnp.stack(largest).max(), one)
-        return state, StepMetrics(
-            pairs, state.skipped, totals.load, totals.dropped, totals.confidence
-        )
+        confidence = totals.confidence
+        if confidence is not None:
+            confidence = confidence[0] / jnp.maximum(confidence[1], 1)
+        return state, StepMetrics(pairs, state.skipped, totals.load, totals.dropped, confidence)
 
     return train_step
 
@@ -193,7 +200,7 @@ class _Totals:
     pairs: dict[str, tuple[Float[Array, ''], Float[Array, '']]]
     load: Float[Array, 'layers E'] | None = None
     dropped: Float[Array, 'layers'] | None = None
-    confidence: Float[Array, 'layers'] | None = None
+    confidence: tuple[Float[Array, 'layers'], Float[Array, 'layers']] | None = None
 
 
 def _gradients(
@@ -275,14 +282,27 @@ def _forward(
         positions=batch.positions,
         segment_ids=batch.segment_ids,
         logits=False,
+        mtp=model.config.mtp_depth > 0,
         rngs=rngs,
         mutable=measured,
     )
     return (result[0], result[1][MAX_LOGITS]) if measured else (result, None)
 
 
+def _routers(output: ModelOutput) -> tuple[RouterOutput, ...]:
+    return sum((module.router for module in output.ahead), output.router)
+
+
+def _router_masks(output: ModelOutput, segment_ids: Array) -> list[Array]:
+    """Marks the tokens that each of `_routers` routed."""
+    masks = [segment_ids > 0] * len(output.router)
+    for distance, module in enumerate(output.ahead, start=1):
+        masks += [same_segment_ahead(segment_ids, distance)] * len(module.router)
+    return masks
+
+
 def _loads(output: ModelOutput) -> Float[Array, 'layers E']:
-    return jnp.stack([router.load for router in output.router])
+    return jnp.stack([router.load for router in _routers(output)])
 
 
 def _loss(
@@ -294,28 +314,37 @@ def _loss(
     """
     model, batch = recipe.model, part.batch
     output, max_logits = _forward(recipe, params, state, part)
+    head = output_head(model.config, params).astype(output.hidden.dtype)
+    targets = None if recipe.teacher is None else recipe.teacher.targets(teacher, batch)
+    terms = recipe.objective.at(state.step)
+    settings: Any = {
+        'normalizer': whole.tokens,
+        'chunk_size': recipe.train.chunk_size,
+        'mesh': model.mesh,
+    }
     loss, pairs = fused_distillation_loss(
-        output.hidden,
-        output_head(model.config, params).astype(output.hidden.dtype),
-        None if recipe.teacher is None else recipe.teacher.targets(teacher, batch),
-        recipe.objective.at(state.step),
-        labels=batch.labels,
-        mask=batch.mask,
-        normalizer=whole.tokens,
-        chunk_size=recipe.train.chunk_size,
-        mesh=model.mesh,
+        output.hidden, head, targets, terms, labels=batch.labels, mask=batch.mask, **settings
     )
+    if output.ahead:
+        further, more = mtp_loss(output.ahead, head, targets, terms, batch, **settings)
+        loss += value_at(recipe.objective.mtp_weight, state.step) * further
+        pairs |= more
     if model.config.moe is None:
         return loss, (_Totals(loss, pairs), max_logits)
-    routed, score = batch.segment_ids > 0, model.config.moe.router.score
-    routers = router_loss(output.router, routed, recipe.balance, score=score, load=whole.load)
+    routers = router_loss(
+        _routers(output),
+        _router_masks(output, batch.segment_ids),
+        recipe.balance,
+        score=model.config.moe.router.score,
+        load=whole.load,
+    )
     loss += routers.loss / whole.routed
     totals = _Totals(
         loss=loss,
         pairs=pairs | routers.pairs,
         load=_loads(output),
-        dropped=jnp.stack([router.dropped for router in output.router]),
-        confidence=routers.confidence / whole.routed,
+        dropped=jnp.stack([router.dropped for router in _routers(output)]),
+        confidence=routers.confidence,
     )
     return loss, (totals, max_logits)
 

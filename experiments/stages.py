@@ -14,7 +14,7 @@ from distill.cache import CachedTargets
 from distill.checkpoint import read_metadata
 from distill.config import BalanceConfig, TrainConfig
 from distill.loop import Stopped
-from distill.objective import Objective, Term
+from distill.objective import Objective
 from distill.optimizer import OptimizerConfig, make_optimizer
 from distill.provenance import Provenance, require_permission
 from distill.step import Recipe
@@ -92,8 +92,7 @@ def teacher(context: Context) -> dict[str, Any]:
     if config.source != 'train':
         load_teacher(context)
         return {}
-    objective = Objective((Term('cross_entropy'),))
-    recipe = _recipe(context, config.model, objective, config.optimizer, config.train)
+    recipe = _recipe(context, config.model, config.objective(), config.optimizer, config.train)
     key = _key(context, _TEACHER_KEY)
     initial = functools.partial(init_sharded, recipe.model, key, context.mesh)
     return _train(context, 'teacher', recipe, initial)
@@ -148,7 +147,7 @@ def control(context: Context) -> dict[str, Any]:
     recipe = _recipe(
         context,
         config.model,
-        context.study.control.objective(),
+        dataclasses.replace(context.study.control.objective(), mtp_weight=config.mtp_weight),
         config.optimizer,
         config.train,
         balance=config.balance,

@@ -9,6 +9,7 @@ import ml_collections
 from distill.config import BalanceConfig, TrainConfig
 from distill.cost import chip_price
 from distill.estimators import SampledEstimator, TopKEstimator
+from distill.mtp_loss import require_weight
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, learning_rate_schedule
 from distill.pairs import require_sound
@@ -86,6 +87,7 @@ class TeacherConfig:
         model: its architecture; with 'hf' that of the folder, whatever the config says here.
         optimizer: how it is trained; read where source='train', as is the next.
         train: for how long.
+        mtp_weight: of its loss over tokens further ahead, with `model.mtp_depth`.
     """
 
     source: Literal['train', 'checkpoint', 'hf']
@@ -95,6 +97,7 @@ class TeacherConfig:
     model: TransformerConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    mtp_weight: float | Schedule = 0.0
 
     def __post_init__(self) -> None:
         if (self.source == 'train') != (self.checkpoint is None):
@@ -111,6 +114,7 @@ class TeacherConfig:
         _require_causal(self.model)
         if self.source == 'train':
             learning_rate_schedule(self.optimizer, self.train.steps)
+            require_weight(self.model, self.objective())
             moe = self.model.moe
             if moe is not None and moe.router.selection_bias:
                 raise InputError(
@@ -118,10 +122,17 @@ class TeacherConfig:
                     'the teacher never moves the biases. Set it to False.'
                 )
 
+    def objective(self) -> Objective:
+        """What a teacher trained here learns: the text."""
+        return Objective((Term('cross_entropy'),), self.mtp_weight)
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """A student and how it is taught; `terms` are its objective's, under names of one's own."""
+    """A student and how it is taught; `terms` are its objective's, under names of one's own.
+
+    `mtp_weight` weighs them over tokens further ahead, where `model.mtp_depth` is above 0.
+    """
 
     model: TransformerConfig
     init: InitConfig
@@ -129,8 +140,10 @@ class StudentConfig:
     train: TrainConfig
     balance: BalanceConfig
     terms: dict[str, Term]
+    mtp_weight: float | Schedule = 0.0
 
     def __post_init__(self) -> None:
+        require_weight(self.model, self.objective())
         rate, moe = self.balance.selection_bias_rate, self.model.moe
         if rate > 0 and (moe is None or not moe.router.selection_bias):
             raise InputError(
@@ -156,7 +169,7 @@ class StudentConfig:
 
     def objective(self) -> Objective:
         """The weighted sum of the terms."""
-        return Objective(tuple(self.terms.values()))
+        return Objective(tuple(self.terms.values()), self.mtp_weight)
 
 
 def _require_causal(model: TransformerConfig) -> None:

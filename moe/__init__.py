@@ -27,6 +27,7 @@ from moe.engine import Engine
 from moe.errors import InputError
 from moe.expert_weights import split_experts, stack_experts
 from moe.experts import MoELayer
+from moe.look_ahead import empty_module_cache, predict_ahead
 from moe.presets import preset
 from moe.replay import load_routing, save_routing
 from moe.requests import EngineConfig, QueueFullError, Request
@@ -65,6 +66,7 @@ __all__ = [
     'YarnScaling',
     'bytes_per_token',
     'empty_cache',
+    'empty_module_cache',
     'family_of',
     'flops_per_token',
     'generate',
@@ -75,6 +77,7 @@ __all__ = [
     'make_mesh',
     'output_head',
     'parameter_report',
+    'predict_ahead',
     'preset',
     'pretrained_config',
     'route',

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from moe.attention_cost import AttentionCost, attention_cost
 from moe.config import DType, TransformerConfig
 from moe.routing import RouterConfig
+from moe.stacking import module_kind
 from moe.validation import require
 
 BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
@@ -17,10 +18,12 @@ class ParameterReport:
 
     Attributes:
         total: all trained parameters. Selection biases are state, not parameters.
-        active: as `total`, but with the `K` experts that one token chooses in place of all `E`. The
-            embedding counts in full, as on the published models' cards.
+        active: as `total`, but with the `K` experts that one token chooses in place of all `E`, and
+            without multi-token prediction, which the next token does not need. The embedding
+            counts in full, as on the published models' cards.
         embedding: of both counts, the embedding table and, where it is not tied, the output head.
-        by_part: `total` split into embedding, head, attention, norms, mlp, router, shared, experts.
+        by_part: `total` split into embedding, head, attention, norms, mlp, router, shared, experts,
+            mtp (whole modules; embedding and head are the model's).
     """
 
     total: int
@@ -36,7 +39,7 @@ class Flops:
     Attributes:
         total: the sum of `by_part`.
         by_part: attention, attention_scores (with linear attention the products with its state),
-            mlp, router, shared, experts, head.
+            mlp, router, shared, experts, head, mtp.
     """
 
     total: int
@@ -76,19 +79,20 @@ def parameter_report(config: TransformerConfig) -> ParameterReport:
         **{name: weights[name] for name in ('mlp', 'shared')},
         'router': weights['router'] + biases['router'],
         'experts': weights['experts'] + biases['experts'],
+        'mtp': config.mtp_depth * _module_parameters(config),
     }
     total = sum(parts.values())
     chosen = 0 if config.moe is None else _chosen(config.moe.router, parts['experts'])
     return ParameterReport(
         total=total,
-        active=total - parts['experts'] + chosen,
+        active=total - parts['experts'] + chosen - parts['mtp'],
         embedding=parts['embedding'] + parts['head'],
         by_part=parts,
     )
 
 
 def flops_per_token(
-    config: TransformerConfig, *, context_length: int, causal: bool = True
+    config: TransformerConfig, *, context_length: int, causal: bool = True, mtp: bool = False
 ) -> Flops:
     """Counts the forward pass of one token, averaged over a sequence.
 
@@ -105,6 +109,7 @@ def flops_per_token(
         causal: False counts all `T` keys a query, as an implementation does that masks the full
             `T x T` scores. This package's leaves out most of what is masked, in blocks: XLA's
             count of it lies between the two, and at `T` of one block equals the latter.
+        mtp: counts the multi-token-prediction modules too, each with its layer and the head.
 
     Returns:
         Forward FLOPs per token, rounded down to whole ones.
@@ -128,6 +133,10 @@ def flops_per_token(
         pairs = cost.pairs(context_length) if causal else context_length**2
         scores += cost.flops_per_key * pairs + cost.state_flops * context_length
     parts['attention_scores'] = scores // context_length
+    parts['mtp'] = 0
+    if mtp and config.mtp_depth:
+        alone = flops_per_token(_module(config), context_length=context_length, causal=causal)
+        parts['mtp'] = config.mtp_depth * (alone.total + 2 * _projection(config))
     return Flops(total=sum(parts.values()), by_part=parts)
 
 
@@ -180,6 +189,25 @@ def bytes_per_token(
     weight_bytes = elements * _bytes(param_dtype or config.param_dtype)
     cache_bytes = float(cached * _bytes(cache_dtype or config.dtype) + states * BYTES['float32'])
     return DecodeBytes(weight_bytes + cache_bytes, weight_bytes, cache_bytes)
+
+
+def _module(config: TransformerConfig) -> TransformerConfig:
+    """Returns a model of one layer, of the kind that multi-token-prediction modules have."""
+    kind = module_kind(config)
+    moe = config.moe if kind.has_experts else None
+    if moe is not None:
+        moe = dataclasses.replace(moe, layers=(0,))
+    return dataclasses.replace(config, num_layers=1, attention=kind.attention, moe=moe, mtp_depth=0)
+
+
+def _module_parameters(config: TransformerConfig) -> int:
+    """Counts a module: a layer and the final norm, two more norms, and the projection."""
+    alone = parameter_report(_module(config))
+    return alone.total - alone.embedding + 2 * config.embed_dim + _projection(config)
+
+
+def _projection(config: TransformerConfig) -> int:
+    return 2 * config.embed_dim**2
 
 
 def _attention_costs(config: TransformerConfig) -> tuple[AttentionCost, ...]:

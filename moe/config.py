@@ -122,6 +122,8 @@ class TransformerConfig:
         logit_soft_cap: logits become `logit_soft_cap tanh(logits / logit_soft_cap)`; None leaves
             them.
         tie_embeddings: whether the output head is the transposed embedding.
+        mtp_depth: multi-token-prediction modules; the d-th predicts the token d further ahead than
+            the model does, with a layer of the last one's kind (`moe.mtp`).
         scan_layers: stack layers of one kind and scan over them, so compile time does not grow
             with `L`.
         remat: what a block keeps for its backward pass: 'none' recomputes nothing, 'dots' keeps
@@ -144,6 +146,7 @@ class TransformerConfig:
     scale_embedding: bool = False
     logit_soft_cap: float | None = None
     tie_embeddings: bool = False
+    mtp_depth: int = 0
     scan_layers: bool = True
     remat: Remat = 'none'
     dtype: DType = 'float32'
@@ -157,6 +160,8 @@ class TransformerConfig:
         _one_of('model.dtype', self.dtype, DType)
         _one_of('model.param_dtype', self.param_dtype, DType)
         require(self.norm_eps > 0, 'model.norm_eps', 'positive', self.norm_eps)
+        depth = self.mtp_depth
+        require(depth >= 0, 'model.mtp_depth', 'zero or more', depth)
         cap = self.logit_soft_cap
         require(cap is None or cap > 0, 'model.logit_soft_cap', 'positive, or None', cap)
         self._check_attention()

@@ -11,6 +11,7 @@ from moe.config import TransformerConfig
 from moe.errors import InputError
 from moe.fewer_experts import best_experts
 from moe.merge import average
+from moe.mtp_surgery import refuse_modules
 from moe.saliency import routed
 from moe.unstacked import Tree, join_layers, split_layers
 
@@ -136,6 +137,7 @@ def _dense(
     num_experts: int,
 ) -> Dense:
     """Replaces each layer of experts by what `combine(experts, weights)` makes of them."""
+    refuse_modules(config)
     width = dense_width(config, num_experts)
     moe = config.moe
     assert moe is not None

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from moe.config import MoEConfig, TransformerConfig
 from moe.errors import InputError
+from moe.mtp_surgery import refuse_modules
 from moe.saliency import routed
 from moe.unstacked import Tree, join_layers, split_layers
 
@@ -87,6 +88,7 @@ def with_experts(
         num_experts: how many experts that leaves.
         experts_per_token: unchanged where None.
     """
+    refuse_modules(config)
     moe = routed_moe(config)
     layers, rest = split_layers(config, params)
     biases, _ = split_layers(config, routing)

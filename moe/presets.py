@@ -88,7 +88,11 @@ def _deepseek_like(
 
 
 def _deepseek_v3() -> TransformerConfig:
-    """arXiv 2412.19437, section 4.2, and deepseek-ai/DeepSeek-V3; no multi-token prediction."""
+    """arXiv 2412.19437, section 4.2, and deepseek-ai/DeepSeek-V3, of 671 billion parameters.
+
+    The multi-token-prediction module that was trained and is published beside it is not in that
+    count, nor here: `dataclasses.replace(preset('deepseek-v3'), mtp_depth=1)` has it.
+    """
     yarn = YarnScaling(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
     return _deepseek_like(
         LatentAttentionConfig(128, 512, 128, 64, 128, 1536, rope_scaling=yarn),

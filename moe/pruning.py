@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from moe.config import AttentionConfig, AttentionLike, TransformerConfig
 from moe.errors import InputError
 from moe.importance import Importance
+from moe.mtp_surgery import refuse_modules
 from moe.sharding import logical_axes
 from moe.transformer import Transformer
 from moe.unstacked import Tree, join_layers, split_layers, unrolled
@@ -100,6 +101,7 @@ def prune_width(
 
     Source: Minitron, arXiv 2407.14679, section 2; the correction of the norms is ours.
     """
+    refuse_modules(config)
     axes = logical_axes(Transformer(unrolled(config)))['params']
     ratio = config.embed_dim / len(kept.embed)
     cut = functools.partial(
@@ -158,6 +160,7 @@ def prune_depth(
     Raises:
         InputError: for indices that are out of range, repeated, or none.
     """
+    refuse_modules(config)
     valid = len(keep) and set(keep) <= set(range(config.num_layers)) and len(set(keep)) == len(keep)
     if not valid:
         raise InputError(

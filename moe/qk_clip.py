@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from moe.attention_config import AttentionConfig, LatentAttentionConfig
 from moe.config import TransformerConfig
 from moe.errors import InputError
-from moe.stacking import layer_paths
+from moe.stacking import layer_paths, module_kind, module_names
 
 # The collection that a pass over a model fills where it is mutable.
 MAX_LOGITS = 'max_logits'
@@ -101,7 +101,9 @@ def clip_heads(config: TransformerConfig, params: Tree, max_logits: Tree, thresh
 
 def _kinds(config: TransformerConfig) -> dict[tuple[str, ...], Any]:
     paths = (path for path, _ in layer_paths(config))
-    return dict(zip(paths, config.attention_layers, strict=True))
+    kinds = dict(zip(paths, config.attention_layers, strict=True))
+    modules = {(name, 'block'): module_kind(config).attention for name in module_names(config)}
+    return {**kinds, **modules}
 
 
 def _has_logits(kind: Any) -> bool:

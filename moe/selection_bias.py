@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from moe.balance import BiasRule, updated_bias
 from moe.config import TransformerConfig
-from moe.stacking import layer_paths
+from moe.stacking import layer_paths, module_kind, module_names
 
 
 def update_selection_bias(
@@ -24,7 +24,8 @@ def update_selection_bias(
     Args:
         config: the model's.
         routing: the unboxed `routing` collection; an empty one is returned as it is.
-        load: of each MoE layer over the whole step: summed over micro-batches.
+        load: of each MoE layer over the whole step, summed over micro-batches; then of each
+            multi-token-prediction module whose layer has experts.
         rate: the step of the bias, in units of the router's score.
         rule: 'sign' or 'proportional'.
 
@@ -32,17 +33,16 @@ def update_selection_bias(
         The new collection.
     """
     loads: dict[tuple[str, ...], list[Array]] = {}
-    moe_paths = [
-        path
-        for (path, _), has_experts in zip(layer_paths(config), config.moe_layers, strict=True)
-        if has_experts
-    ]
+    places = zip(layer_paths(config), config.moe_layers, strict=True)
+    moe_paths = [path for (path, _), has_experts in places if has_experts]
+    if module_kind(config).has_experts:
+        moe_paths += [(name,) for name in module_names(config)]
     for path, layer in zip(moe_paths, load, strict=True):
         loads.setdefault(path, []).append(layer)
 
     def update(path: Any, bias: Array) -> Array:
         names = tuple(key.key for key in path)
-        stacked = jnp.stack(loads[names[:2] if config.scan_layers else names[:1]])
+        stacked = jnp.stack(loads[next(p for p in loads if names[: len(p)] == p)])
         return updated_bias(bias, stacked.reshape(bias.shape), rate=rate, rule=rule)
 
     return jax.tree_util.tree_map_with_path(update, routing)

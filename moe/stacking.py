@@ -89,6 +89,21 @@ def layer_paths(config: TransformerConfig) -> tuple[tuple[tuple[str, ...], int |
     )
 
 
+def module_name(depth: int) -> str:
+    """Returns where a model's variables hold the prediction module of a depth, from 1."""
+    return f'mtp_{depth}'
+
+
+def module_names(config: TransformerConfig) -> tuple[str, ...]:
+    """Returns the names of all multi-token-prediction modules, in the order of their depths."""
+    return tuple(module_name(depth + 1) for depth in range(config.mtp_depth))
+
+
+def module_kind(config: TransformerConfig) -> LayerKind:
+    """Returns the kind of layer in multi-token-prediction modules: that of the model's last."""
+    return layer_kinds(config)[-1]
+
+
 def unstack(x: Array) -> list[Array]:
     """Splits the leading axis; its transpose is one concatenation, not a sum of padded slices."""
     return [part[0] for part in jax.lax.split(x, [1] * x.shape[0], axis=0)]

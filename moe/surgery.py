@@ -23,6 +23,7 @@ from moe.errors import InputError
 from moe.fewer_experts import best_experts, prune_experts
 from moe.importance import Importance, importance
 from moe.merge import cluster_experts, merge_experts, weight_features
+from moe.mtp_surgery import with_modules, without_modules
 from moe.observe import Calibration
 from moe.pruning import choose_layers, choose_width, prune_depth, prune_width
 from moe.saliency import ExpertSaliency, expert_saliency
@@ -56,6 +57,8 @@ __all__ = [
     'require_reachable',
     'upcycle',
     'weight_features',
+    'with_modules',
+    'without_modules',
 ]
 
 # How a model is stored and run, not what it computes: any method may change these.
@@ -70,6 +73,8 @@ EXECUTION = (
     'moe.exchange_chunks',
     'moe.router.jitter',
 )
+# Put on, or taken off, whatever the method.
+MODULES = ('mtp_depth',)
 COMMON = ('source', 'variables', 'target', 'key', 'calibration')
 EXPERT_COUNTS = ('moe.router.num_experts', 'moe.router.experts_per_token')
 DENSE_FIELDS = ('moe', 'mlp_dim')
@@ -171,7 +176,7 @@ def require_reachable(
             f'{method!r} takes the options {list(known) or "none"}; received {", ".join(unknown)}.'
         )
     for name, x, y in differing_fields(source, target):
-        if _is_among(name, (*METHODS[method].frees, *EXECUTION)):
+        if _is_among(name, (*METHODS[method].frees, *EXECUTION, *MODULES)):
             continue
         able = [other for other, spec in METHODS.items() if _is_among(name, spec.frees)]
         others = f', or use {", ".join(able)}' if able else ''
@@ -200,12 +205,15 @@ def initialise(
         source: config of the model there is.
         variables: its unboxed variables: `params`, and `routing` where it has selection biases.
         target: config of the model to be.
-        key: for what is drawn at random: the router and the noise of 'upcycle'.
+        key: for what is drawn at random: the router and the noise of 'upcycle', new modules of
+            multi-token prediction.
         calibration: where the method measures the source, see `needs_calibration`.
         options: keyword arguments of the method beyond these.
 
     Returns:
         Variables in the structure and shapes of `Transformer(target).init`, in its `param_dtype`.
+        Modules of multi-token prediction are those of the source where the method is 'copy', and
+        otherwise new (see `moe.mtp_surgery.with_modules`).
 
     Raises:
         InputError: as `require_reachable`; for a missing calibration batch, and for variables that
@@ -217,8 +225,9 @@ def initialise(
             f'{method!r} measures the source model: give it a calibration batch of its tokens.'
         )
     _require_variables('The source', source, variables)
+    plain, layers = without_modules(source, variables)
     built, params, routing = METHODS[method].build(
-        source, variables, target, key=key, calibration=calibration, **(options or {})
+        plain, layers, target, key=key, calibration=calibration, **(options or {})
     )
     if built.moe_layers != target.moe_layers:
         raise InputError(
@@ -228,6 +237,8 @@ def initialise(
     params = jax.tree.map(lambda x: x.astype(target.param_dtype), params)
     made = {'params': relaid(built, target, params), 'routing': relaid(built, target, routing)}
     made = {name: collection for name, collection in made.items() if collection}
+    old = variables if method == 'copy' else None
+    made = with_modules(target, made, key=jax.random.fold_in(key, target.num_layers), old=old)
     _require_variables('What came out for the target', target, made)
     return made
 

@@ -15,6 +15,7 @@ from moe.config import DType, TransformerConfig
 from moe.errors import InputError
 from moe.inputs import check_inputs
 from moe.layers import norm_of, partitioned, soft_cap
+from moe.mtp import PredictionModule, ahead, same_segment_ahead
 from moe.qk_clip import MAX_LOGITS
 from moe.replay import Replay, recorded_ids
 from moe.routing import require_causal
@@ -24,6 +25,8 @@ from moe.stacking import (
     LayerKind,
     layer_groups,
     layer_kinds,
+    module_kind,
+    module_names,
     stack_repeats,
     unstack_repeats,
 )
@@ -68,6 +71,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         logits: bool = True,
         replay: Replay | None = None,
+        mtp: bool = False,
     ) -> ModelOutput:
         """Runs the decoder over new tokens.
 
@@ -86,6 +90,8 @@ class Transformer(nn.Module):
                 experts' scores by the current logits, so that gradients reach the routers, load
                 and drops are counted again, and selection biases play no part. With the parameters
                 and inputs of the recorded pass that is the recorded routing, bit for bit.
+            mtp: whether to run the multi-token-prediction modules too; not with a cache, where
+                `moe.predict_ahead` runs one of them. Their routers route anew under a `replay`.
 
         Where the collection `max_logits` is mutable, attention notes each head's largest logit in
         it, for `moe.qk_clip`. An rng named 'jitter' makes this a training pass: routers that have
@@ -101,6 +107,11 @@ class Transformer(nn.Module):
         """
         config = self.config
         check_inputs(tokens, positions, segment_ids, mask, cache)
+        if mtp and cache is not None:
+            raise InputError(
+                'mtp=True is for whole texts; received a cache too. Run one module at a time, each '
+                'with a cache of its own, by moe.predict_ahead.'
+            )
         if cache is not None and config.moe is not None:
             require_causal(config.moe.router, 'Decoding with a cache')
         if mask is None:
@@ -110,7 +121,7 @@ class Transformer(nn.Module):
         )
         shape, axes = (config.vocab_size, config.embed_dim), ('vocab', 'embed')
         embedding = Weight('embedding', shape, axes, config.param_dtype, name='embed')()
-        x = self._embed(embedding, tokens)
+        x = embed_tokens(config, embedding, tokens, self.mesh)
         layers = self._scan_layers if config.scan_layers else self._unroll_layers
         caches = None if cache is None else cache.layers
         replayed = None if replay is None else recorded_ids(config, replay, tokens.shape)
@@ -122,18 +133,41 @@ class Transformer(nn.Module):
             head = embedding.T
         else:
             head = Weight('kernel', shape[::-1], axes[::-1], config.param_dtype, name='head')()
+        output = ModelOutput(hidden, None, routers, cache)
+        if mtp or self.is_initializing():
+            segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            further = self._look_ahead(hidden, embedding, contexts, mask, tokens, segments)
+            output = dataclasses.replace(output, ahead=further)
         if not logits:
-            return ModelOutput(hidden, None, routers, cache)
+            return output
         projected = constrain(hidden_logits(hidden, head), ('batch', 'length', 'vocab'), self.mesh)
-        return ModelOutput(hidden, soft_cap(projected, config.logit_soft_cap), routers, cache)
+        return dataclasses.replace(output, logits=soft_cap(projected, config.logit_soft_cap))
 
-    def _embed(self, embedding: Array, tokens: Array) -> Array:
-        # Rows are gathered whole: only the vocabulary of the table stays sharded.
-        table = constrain(embedding, ('vocab', None), self.mesh)
-        x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)
-        if self.config.scale_embedding:
-            x *= jnp.asarray(self.config.embed_dim**0.5, x.dtype)
-        return constrain(x, ACTIVATION_AXES, self.mesh)
+    def _look_ahead(
+        self,
+        hidden: Array,
+        embedding: Array,
+        contexts: Contexts,
+        mask: Array,
+        tokens: Array,
+        segment_ids: Array,
+    ) -> tuple[ModelOutput, ...]:
+        """Runs the prediction modules one after the other, each on what the one before returned.
+
+        Where the token ahead is of another document, what they read means nothing; such positions
+        end their document, so that none before them attends to them.
+        """
+        config, kind = self.config, module_kind(self.config)
+        context = contexts[attention_kinds(config).index(kind.attention)]
+        outputs = []
+        for distance, name in enumerate(module_names(config), start=1):
+            later = ahead(tokens, distance)
+            embedded = embed_tokens(config, embedding, later, self.mesh)
+            counted = mask & ahead(mask, distance) & same_segment_ahead(segment_ids, distance)
+            module = PredictionModule(config, kind, self.mesh, name=name)
+            hidden, router, _ = module(hidden, embedded, None, context, counted, later)
+            outputs.append(ModelOutput(hidden, None, () if router is None else (router,)))
+        return tuple(outputs)
 
     def _unroll_layers(
         self,
@@ -191,6 +225,21 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )
         return scanned(self.config, group.pattern, self.mesh, name=f'group_{g}')
+
+
+def embed_tokens(
+    config: TransformerConfig,
+    embedding: Float[Array, 'V D'],
+    tokens: Int[Array, 'B T'],
+    mesh: jax.sharding.Mesh | None = None,
+) -> Float[Array, 'B T D']:
+    """Looks tokens up in the embedding, in the model's dtype and, where it says so, scaled."""
+    # Rows are gathered whole: only the vocabulary of the table stays sharded.
+    table = constrain(embedding, ('vocab', None), mesh)
+    x = jnp.take(table, tokens, axis=0).astype(config.dtype)
+    if config.scale_embedding:
+        x *= jnp.asarray(config.embed_dim**0.5, x.dtype)
+    return constrain(x, ACTIVATION_AXES, mesh)
 
 
 def output_head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:

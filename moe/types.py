@@ -83,9 +83,12 @@ class ModelOutput:
         logits: float32, or None where they were not asked for.
         router: one `RouterOutput` for each MoE layer, in order.
         cache: the extended cache, or None where none was given.
+        ahead: where asked for, what each multi-token-prediction module returned, in the order of
+            their depths: hidden states and, with experts, its one router.
     """
 
     hidden: Float[Array, 'B T D']
     logits: Float[Array, 'B T V'] | None
     router: tuple[RouterOutput, ...]
     cache: KVCache | None = None
+    ahead: tuple['ModelOutput', ...] = ()

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moe.config import MoEConfig, RouterConfig, TransformerConfig
 from moe.errors import InputError
+from moe.mtp_surgery import refuse_modules
 from moe.routing import route
 from moe.sharding import abstract_variables
 from moe.transformer import Transformer
@@ -103,6 +104,7 @@ def require_upcyclable(
             f'upcycle needs a dense model; this one has experts in {sum(config.moe_layers)} of '
             f'{config.num_layers} layers. Make it dense first, with concatenate_experts.'
         )
+    refuse_modules(config)
     if noise < 0 or router_std < 0:
         raise InputError(
             f'noise and router_std must be zero or more; received {noise} and {router_std}.'

@@ -76,6 +76,8 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
         ({'teacher__provenance__licence': ' '}, 'provenance.licence must be a text'),
         ({'studnt': 1}, "config has no key 'studnt'. Did you mean 'student'"),
         ({'data__sequence': 1}, "config.data has no key 'sequence'"),
+        ({'student__model__mtp_depth': 1}, 'In config.student: A model with mtp_depth=1 needs an'),
+        ({'teacher__mtp_weight': 0.3}, 'In config.teacher: A model with mtp_depth=0 needs an'),
         ({'student__model__layers': 1}, "config.student.model has no key 'layers'"),
         ({'data': 3}, 'config.data must be of type mapping'),
         ({'teacher__model': None}, 'config.teacher.model must be of type mapping'),
@@ -147,6 +149,13 @@ def test_refuses(overrides: dict[str, object], message: str):
     with pytest.raises(InputError) as caught:
         built(**overrides)
     assert message in str(caught.value)
+
+
+def test_tokens_further_ahead_are_weighed_for_teacher_and_student():
+    weights = {'teacher__mtp_weight': 0.3, 'student__mtp_weight': 0.1}
+    study = built(teacher__model__mtp_depth=1, student__model__mtp_depth=2, **weights)
+    assert study.teacher.objective().mtp_weight == 0.3
+    assert study.student.objective().mtp_weight == 0.1
 
 
 def test_lets_a_term_begin_or_end_at_zero():

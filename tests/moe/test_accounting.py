@@ -48,6 +48,7 @@ def test_parameters_by_hand() -> None:
         'router': 4 * 3,
         'shared': 3 * 4 * 7,
         'experts': 3 * (3 * 4 * 5),
+        'mtp': 0,
     }
     assert report.total == 80 + 96 + 28 + 72 + 12 + 84 + 180
     assert report.active == report.total - 60
@@ -67,6 +68,7 @@ def test_flops_by_hand() -> None:
         'shared': 2 * 84,
         'experts': 2 * 120,
         'head': 2 * 40,
+        'mtp': 0,
     }
     assert flops.total == 192 + 96 + 144 + 24 + 168 + 240 + 80
     full = flops_per_token(TINY, context_length=5, causal=False)
