@@ -96,7 +96,7 @@ def evaluate(
     totals = {name: np.zeros(documents) for name in metrics}
     experts: list[np.ndarray] = []
     for batch, document in evaluation_set.batches(batch_size):
-        sums = step(variables, teacher_variables, _placed(batch, model.mesh))
+        sums = step(variables, teacher_variables, placed(batch, model.mesh))
         real = document >= 0
         for name, total in totals.items():
             rows = np.asarray(getattr(sums, name), np.float64)
@@ -143,7 +143,7 @@ def _require_divisible(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
         )
 
 
-def _placed(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
+def placed(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     """Puts a batch that every process holds whole onto the mesh, each device its own rows."""
     if mesh is None:
         return batch

@@ -19,7 +19,7 @@ from distill.tables import measured_models
 Curve = Sequence[Mapping[str, Any]]
 
 COLORS = {'teacher': '#64748b', 'student': '#0f766e', 'control': '#c2570c'}
-_INK = '#1f2937'
+INK = '#1f2937'
 _FAINT = '#9ca3af'
 _DPI = 200
 
@@ -55,7 +55,7 @@ def learning_curves(
         if not points:
             continue
         xs, ys = np.array(points, np.float64).T
-        color = COLORS.get(name, _INK)
+        color = COLORS.get(name, INK)
         smooth = moving_average(ys)
         if smooth is not ys:
             axes.plot(xs, ys, color=color, linewidth=0.7, alpha=0.28)
@@ -120,7 +120,7 @@ def expert_load(
     if experts <= 16:
         axes.set_xticks(range(experts))
         for (row, column), value in np.ndenumerate(relative):
-            color = 'white' if value > 0.55 * highest else _INK
+            color = 'white' if value > 0.55 * highest else INK
             axes.text(
                 column, row, f'{value:.2f}', ha='center', va='center', fontsize=8, color=color
             )
@@ -130,9 +130,9 @@ def expert_load(
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
-    bar.set_label('Load, 1 = balanced', color=_INK, fontsize=9)
+    bar.set_label('Load, 1 = balanced', color=INK, fontsize=9)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(labelsize=8, length=0, colors=_INK)
+    bar.ax.tick_params(labelsize=8, length=0, colors=INK)
     return figure
 
 
@@ -143,19 +143,31 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """Makes a figure of panels side by side with a quiet frame: no box, a faint horizontal grid."""
+def panels(
+    columns: int, *, height: float, rows: int = 1, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Makes a figure of panels with a quiet frame: no box, a faint horizontal grid.
+
+    Args:
+        columns: panels side by side.
+        height: of the whole, in inches.
+        rows: of panels.
+        sharey: whether they share the vertical axis.
+
+    Returns:
+        The figure and its panels, row by row.
+    """
     figure = Figure(figsize=(7.2, height), layout='constrained', facecolor='white')
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
+    all_axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel()
     for axes in all_axes:
         axes.spines[['top', 'right', 'left']].set_visible(False)
         axes.spines['bottom'].set_color(_FAINT)
         axes.grid(axis='y', color='#e5e7eb', linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(which='both', colors=_INK, labelsize=9, length=0)
-        axes.xaxis.label.set(color=_INK, fontsize=9.5)
-        axes.yaxis.label.set(color=_INK, fontsize=9.5)
+        axes.tick_params(which='both', colors=INK, labelsize=9, length=0)
+        axes.xaxis.label.set(color=INK, fontsize=9.5)
+        axes.yaxis.label.set(color=INK, fontsize=9.5)
     return figure, list(all_axes)
 
 
@@ -186,7 +198,7 @@ def name_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
             va='center',
             fontsize=9.5,
             fontweight='bold',
-            color=COLORS.get(name, _INK),
+            color=COLORS.get(name, INK),
             annotation_clip=False,
         )
     axes.margins(x=0.02)

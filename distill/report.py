@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill import pictures
+from distill import pictures, routing_pictures
 from distill.metrics import format_duration, format_quantity
 from distill.page import PAGE
 from distill.provenance import in_words
+from distill.routing_maps import RoutingMaps
 from distill.summary import validate_summary
 from distill.tables import (
     NOT_MEASURED,
@@ -40,6 +41,7 @@ def write_report(
     samples: Samples,
     *,
     expert_load: np.ndarray | None = None,
+    routing: RoutingMaps | None = None,
     curve_keys: tuple[str, str] = ('step', 'cross_entropy'),
 ) -> Path:
     """Writes `summary.json`, `report.html` and `pictures/*.png` under the workdir.
@@ -53,6 +55,7 @@ def write_report(
         samples: for each model its texts, `{'prompt', 'text'}`, in the same order for every model.
         expert_load: the student's assignments to each expert on held-out text, `[MoE layers, E]`,
             in the order of `summary['experts']`.
+        routing: counts of the student's routing on held-out text.
         curve_keys: the keys of the curves' horizontal and vertical axes.
 
     Returns:
@@ -65,7 +68,7 @@ def write_report(
     workdir = Path(workdir)
     images = {
         name: pictures.png(figure)
-        for name, figure in _figures(summary, curves, expert_load, curve_keys).items()
+        for name, figure in _figures(summary, curves, expert_load, routing, curve_keys).items()
     }
     (workdir / 'pictures').mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
@@ -86,6 +89,7 @@ def _figures(
     summary: Summary,
     curves: Curves,
     load: np.ndarray | None,
+    routing: RoutingMaps | None,
     keys: tuple[str, str],
 ) -> dict[str, Figure]:
     """Makes the pictures that there are numbers for."""
@@ -96,9 +100,28 @@ def _figures(
     models = summary['models'].values()
     if any('bits_per_byte' in model and 'flops_per_token' in model for model in models):
         figures['cost_quality'] = pictures.cost_quality(summary)
+    layers = [row['layer'] for row in summary.get('experts', ())]
     if load is not None and len(load):
-        layers = [row['layer'] for row in summary.get('experts', ())] or None
-        figures['expert_load'] = pictures.expert_load(load, layers)
+        figures['expert_load'] = pictures.expert_load(load, layers or None)
+    student = curves.get('student', ())
+    if len(routing_pictures.over_steps(student, routing_pictures.BALANCE)[0]) > 1:
+        figures['balance_over_steps'] = routing_pictures.balance_over_steps(student, layers)
+    return figures | _routing_figures(routing)
+
+
+def _routing_figures(routing: RoutingMaps | None) -> dict[str, Figure]:
+    if routing is None:
+        return {}
+    figures = {}
+    off_diagonal = routing.together.sum() - np.trace(routing.together, axis1=1, axis2=2).sum()
+    # With one expert a token no two are ever chosen together.
+    if off_diagonal:
+        figures['experts_together'] = routing_pictures.experts_together(
+            routing.together, routing.layers
+        )
+    figures['experts_by_class'] = routing_pictures.experts_by_class(
+        routing.by_class, routing.classes, routing.layers
+    )
     return figures
 
 
@@ -108,7 +131,7 @@ def render(summary: Summary, samples: Samples, images: Mapping[str, bytes]) -> s
     Args:
         summary: of the schema of `summary.json`.
         samples: as `write_report` takes them.
-        images: PNG files by name: 'learning_curves', 'cost_quality', 'expert_load'; any may miss.
+        images: PNG files by name, those of `PICTURES`; any may miss.
 
     Returns:
         HTML that loads nothing from elsewhere. Everything a user or a model wrote is escaped.
@@ -118,9 +141,9 @@ def render(summary: Summary, samples: Samples, images: Mapping[str, bytes]) -> s
         f'<h1>{escape(headline(summary))}</h1></header>',
         _key_figures(summary),
         _section('Teacher, student, control', _model_table(summary)),
-        _section('Learning', _picture(images, 'learning_curves', _CAPTIONS)),
-        _section('What quality costs', _picture(images, 'cost_quality', _CAPTIONS)),
-        _section('Experts', _picture(images, 'expert_load', _CAPTIONS) + _expert_table(summary)),
+        _section('Learning', _picture(images, 'learning_curves')),
+        _section('What quality costs', _picture(images, 'cost_quality')),
+        _section('Experts', _experts(summary, images)),
         _section('In their own words', _samples(samples)),
         _section('The price, step by step', _prices(summary)),
         _section('How it was made', _provenance(summary)),
@@ -128,7 +151,7 @@ def render(summary: Summary, samples: Samples, images: Mapping[str, bytes]) -> s
     return PAGE.format(title=escape('Fractional: report'), body='\n'.join(filter(None, body)))
 
 
-_CAPTIONS = {
+PICTURES = {
     'learning_curves': 'Training cross-entropy of each model on its own batches; student and '
     'control see the same ones. Where a faint line is the raw value, the strong one is its moving '
     'average.',
@@ -136,6 +159,14 @@ _CAPTIONS = {
     'documents.',
     'expert_load': "How often the student's routers chose each expert on held-out text, relative "
     'to an even share: 1 is balanced, 0 is an expert that is never used.',
+    'balance_over_steps': "How far each router's busiest expert lay above the mean load while the "
+    'student was trained, over the updates since the column before: 0 is balanced.',
+    'experts_together': 'How often two experts were chosen by the same token of the held-out text, '
+    'against what their loads alone would give. Teal pairs work together, brown ones avoid each '
+    'other.',
+    'experts_by_class': "What the student's experts read: the tokens each was chosen by, divided "
+    'by kind. The bar on the left is all of the text, what an expert without preferences would '
+    'read.',
 }
 
 
@@ -143,11 +174,11 @@ def _section(title: str, content: str) -> str:
     return f'<section><h2>{escape(title)}</h2>{content}</section>' if content else ''
 
 
-def _picture(images: Mapping[str, bytes], name: str, captions: Mapping[str, str]) -> str:
+def _picture(images: Mapping[str, bytes], name: str) -> str:
     if name not in images:
         return ''
     data = base64.b64encode(images[name]).decode()
-    caption = escape(captions[name])
+    caption = escape(PICTURES[name])
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         f'<figcaption>{caption}</figcaption></figure>'
@@ -212,6 +243,12 @@ def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for first, *rest in rows
     ]
     return _table(heads, body)
+
+
+def _experts(summary: Summary, images: Mapping[str, bytes]) -> str:
+    maps = ('balance_over_steps', 'experts_together', 'experts_by_class')
+    pictures_of_routing = ''.join(_picture(images, name) for name in maps)
+    return _picture(images, 'expert_load') + _expert_table(summary) + pictures_of_routing
 
 
 def _expert_table(summary: Summary) -> str:

@@ -1,5 +1,6 @@
 """The evaluate stage: quality on held-out text, load of the experts, cost, samples of text."""
 
+import keyword
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from distill import distributed
 from distill.cost import (
     chip_price,
     measure_prefill,
@@ -14,6 +16,7 @@ from distill.cost import (
     usd_per_million_tokens,
 )
 from distill.evaluate import Evaluation, compare, evaluate, expert_statistics, summarize
+from distill.routing_maps import routing_maps, token_classes
 from experiments.circumstances import circumstances
 from experiments.context import Context
 from experiments.fit import batch_shards
@@ -24,6 +27,8 @@ from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
 Models = dict[str, tuple[Transformer, Any]]
+# In the workdir: counts of the student's routing, for the report's pictures.
+ROUTING_MAPS = 'evaluate/routing.npz'
 
 
 def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
@@ -42,6 +47,8 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
             costs[name] = _cost(context, *models[name])
             line.say(f'{name}: samples')
             samples[name] = _samples(context, *models[name])
+        line.say('student: routing')
+        _save_routing(context, *models['student'])
     rows: dict[str, dict[str, Any]] = {
         name: summarize(evaluations[name], seed=context.study.seed) | costs[name] for name in models
     }
@@ -74,6 +81,23 @@ def _quality(context: Context, models: Models, name: str) -> Evaluation:
         teacher_variables=teacher_variables,
         batch_size=context.study.evaluate.batch_size,
     )
+
+
+def _save_routing(context: Context, model: Transformer, variables: Any) -> None:
+    """Counts which experts are chosen together and for which tokens, where there are experts."""
+    # Text that a study brings along is taken to be no program.
+    keywords = keyword.kwlist if context.study.data.source == 'python' else ()
+    classes = token_classes(context.tokenizer, model.config.vocab_size, keywords)
+    maps = routing_maps(
+        model,
+        variables,
+        context.held_out,
+        classes,
+        batch_size=context.study.evaluate.batch_size,
+    )
+    file = context.workdir.stage('evaluate').parent / ROUTING_MAPS
+    if maps is not None and distributed.is_writer():
+        maps.save(file)
 
 
 def _cost(context: Context, model: Transformer, variables: Any) -> dict[str, Any]:

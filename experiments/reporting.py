@@ -8,8 +8,10 @@ import numpy as np
 
 from distill import distributed
 from distill.report import write_report
+from distill.routing_maps import RoutingMaps
 from distill.tables import headline, terminal_table
 from experiments.context import Context
+from experiments.evaluation import ROUTING_MAPS
 
 UNITS = {
     'bits_per_byte': 'bits/byte',
@@ -36,12 +38,14 @@ def write_study_report(context: Context, *, teacher: dict[str, Any]) -> None:
         return
     evaluation = context.workdir.require_result('evaluate', wanted_by='report')
     summary = _summary(context, evaluation) | {'provenance': {'teacher': teacher}}
+    maps = context.workdir.path / ROUTING_MAPS
     page = write_report(
         context.workdir.path,
         summary,
         {name: read_curve(context.workdir.path / name) for name in _TRAINED},
         evaluation['samples'],
         expert_load=np.array(evaluation['load']),
+        routing=RoutingMaps.load(maps) if maps.exists() else None,
     )
     print(f'\n{terminal_table(summary)}\n\n{headline(summary)}\n')
     print(f'Report: {page}\n{_next_steps()}')

@@ -79,7 +79,7 @@ def parameter_report(config: TransformerConfig) -> ParameterReport:
         **{name: weights[name] for name in ('mlp', 'shared')},
         'router': weights['router'] + biases['router'],
         'experts': weights['experts'] + biases['experts'],
-        'mtp': config.mtp_depth * _module_parameters(config),
+        'mtp': config.mtp_depth * _module_parameters(config) if config.mtp_depth else 0,
     }
     total = sum(parts.values())
     chosen = 0 if config.moe is None else _chosen(config.moe.router, parts['experts'])

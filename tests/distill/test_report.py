@@ -12,6 +12,7 @@ import pytest
 
 from distill import pictures
 from distill.report import render, write_report
+from distill.routing_maps import RoutingMaps
 
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input'}
 HOSTILE = '<script>alert("&amp;")</script>'
@@ -242,6 +243,21 @@ def test_a_report_is_a_summary_a_page_and_pictures(tmp_path):
         assert image.startswith(PNG)
         assert base64.b64encode(image).decode() in text
     Page(text)
+
+
+def test_routing_is_drawn_where_it_was_counted(tmp_path):
+    balance = [{'step': s, 'moe_0/max_violation_global': 0.5} for s in (10, 20)]
+    apart = np.eye(2)[None]
+    maps = RoutingMaps((1,), apart, np.ones((1, 2, 2)), ('letters', 'digits'))
+    together = RoutingMaps((1,), apart + 1, np.ones((1, 2, 2)), ('letters', 'digits'))
+    drawn = []
+    for name, routing in (('one', maps), ('two', together)):
+        page = write_report(tmp_path / name, MINIMAL, {'student': balance}, {}, routing=routing)
+        drawn.append({file.stem for file in (tmp_path / name / 'pictures').iterdir()})
+        assert page.read_text().count('data:image/png') == len(drawn[-1])
+    # With one expert a token there are no pairs to draw.
+    assert drawn[0] == {'balance_over_steps', 'experts_by_class'}
+    assert drawn[1] - drawn[0] == {'experts_together'}
 
 
 def test_pictures_without_numbers_are_not_drawn(tmp_path):

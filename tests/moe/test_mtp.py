@@ -47,9 +47,14 @@ SEGMENTS = jnp.array([[1, 1, 1, 1, 1, 2, 2, 0], [0, 1, 1, 1, 1, 1, 1, 1]])
 
 @functools.cache
 def variables_of(config: TransformerConfig):
-    drawn = jax.jit(lambda key: nn.unbox(Transformer(config).init(key, TOKENS)))(jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(drawn))))
-    return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), drawn)
+    """Draws every parameter, norm scales around one: quicker than the model's initializers."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        scale = 1 if path[-1].key == 'scale' else 0
+        return jnp.asarray(scale + 0.4 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_variables(Transformer(config)))
 
 
 @functools.cache
@@ -106,7 +111,7 @@ def test_modules_are_the_equations_of_the_paper_in_float64():
             embedded = params['embed']['embedding'][later]
             hidden = reference_module(params[f'mtp_{d}'], hidden, embedded, segments)
             t = np.flatnonzero(same_segment_ahead(SEGMENTS, d)[row])
-            assert len(t) >= 4
+            assert len(t) >= 3
             np.testing.assert_allclose(out.ahead[d - 1].hidden[row, t], hidden[t], atol=2e-5)
 
 
@@ -136,16 +141,17 @@ def test_a_module_sees_nothing_beyond_its_token_and_no_other_document(config):
 
 
 def test_the_model_itself_does_not_know_of_its_modules():
-    without = dataclasses.replace(SPARSE, mtp_depth=0)
+    config = dataclasses.replace(SPARSE, num_layers=1)
+    without = dataclasses.replace(config, mtp_depth=0)
     init = jax.jit(lambda model, key: nn.unbox(model.init(key, TOKENS)), static_argnums=0)
-    plain, more = (init(Transformer(c), jax.random.key(3)) for c in (without, SPARSE))
+    plain, more = (init(Transformer(c), jax.random.key(3)) for c in (without, config))
     assert set(more['params']) - set(plain['params']) == {'mtp_1', 'mtp_2'}
     for collection, tree in plain.items():
         common = {name: more[collection][name] for name in tree}
         jax.tree.map(np.testing.assert_array_equal, common, tree)
     expected = forward(without)(plain, TOKENS, segment_ids=SEGMENTS)
     for mtp in (False, True):
-        actual = forward(SPARSE)(more, TOKENS, segment_ids=SEGMENTS, mtp=mtp)
+        actual = forward(config)(more, TOKENS, segment_ids=SEGMENTS, mtp=mtp)
         np.testing.assert_array_equal(actual.logits, expected.logits)
         assert len(actual.ahead) == (2 if mtp else 0)
 
@@ -178,22 +184,29 @@ def test_layout_and_remat_change_nothing():
     ids=['global', 'sliding', 'latent', 'linear'],
 )
 def test_a_module_alone_with_a_cache_equals_the_pass_over_the_text(attention):
-    config = dataclasses.replace(SPARSE, attention=attention)
+    config = dataclasses.replace(PLAIN, attention=attention, num_layers=1, mtp_depth=1)
     model, variables = Transformer(config), variables_of(config)
     whole = forward(config)(variables, TOKENS, mtp=True)
-    step = jax.jit(functools.partial(predict_ahead, model), static_argnames='depth')
-    hidden = whole.hidden
-    for depth, module in enumerate(whole.ahead, start=1):
-        cache = empty_module_cache(model, 2, T)
-        expected = jnp.einsum('btd,dv->btv', module.hidden, variables['params']['head']['kernel'])
-        for t in range(T - depth):
-            # The hidden state of t, and the token `depth` ahead of it.
-            token = TOKENS[:, t + depth, None]
-            out = step(variables, hidden[:, t, None], token, depth=depth, cache=cache)
-            cache = out.cache
-            np.testing.assert_allclose(out.hidden[:, 0], module.hidden[:, t], atol=3e-5)
-            np.testing.assert_allclose(out.logits[:, 0], expected[:, t], atol=2e-4)
-        hidden = module.hidden
+    step = jax.jit(functools.partial(predict_ahead, model))
+    (module,), cache = whole.ahead, empty_module_cache(model, 2, T)
+    expected = jnp.einsum('btd,dv->btv', module.hidden, variables['params']['head']['kernel'])
+    for t in range(T - 1):
+        # The hidden state of t, and the token after it.
+        out = step(variables, whole.hidden[:, t, None], TOKENS[:, t + 1, None], cache=cache)
+        cache = out.cache
+        np.testing.assert_allclose(out.hidden[:, 0], module.hidden[:, t], atol=3e-5)
+        np.testing.assert_allclose(out.logits[:, 0], expected[:, t], atol=2e-4)
+
+
+def test_a_module_of_any_depth_runs_alone():
+    model, variables = Transformer(SPARSE), variables_of(SPARSE)
+    whole = forward(SPARSE)(variables, TOKENS, segment_ids=SEGMENTS, mtp=True)
+    first, second = whole.ahead
+    later, counted = ahead(TOKENS, 2), same_segment_ahead(SEGMENTS, 2)
+    alone = jax.jit(functools.partial(predict_ahead, model, depth=2, logits=False))
+    out = alone(variables, first.hidden, later, segment_ids=SEGMENTS, mask=counted)
+    np.testing.assert_allclose(out.hidden, second.hidden, atol=3e-5)
+    np.testing.assert_array_equal(out.router[0].load, second.router[0].load)
 
 
 def test_selection_biases_of_modules_follow_their_load():
