@@ -17,8 +17,10 @@ from moe.config import (
     MoEConfig,
     RouterConfig,
     TransformerConfig,
+    YarnScaling,
 )
 from moe.errors import InputError
+from moe.latent_attention import absorbing_is_cheaper
 from moe.sharding import MeshConfig, init_sharded, make_mesh
 from moe.stacking import layer_groups, layer_kinds
 from moe.transformer import Transformer, output_head, output_logits
@@ -27,6 +29,12 @@ GLOBAL = AttentionConfig(2, 1, 8, rope_theta=500.0)
 SLIDING = AttentionConfig(2, 2, 8, window=3, sinks=True, qkv_bias=True, output_bias=True)
 LATENT = LatentAttentionConfig(2, 6, 8, 4, 4, 10)
 LINEAR = LinearAttentionConfig(2, 4, 6, 3)
+YARN = YarnScaling(4.0, 4, beta_fast=2.0, beta_slow=0.2, mscale=1.0, mscale_all_dim=0.5)
+CLIPPED = AttentionConfig(
+    4, 2, 4, 'full', rope_scaling=YARN, clip_qkv=0.9, scale=0.7, soft_cap=0.8, sinks=True
+)
+HEADWISE = AttentionConfig(2, 1, 8, 'head', rope_theta=None, window=4, soft_cap=2.0)
+STRETCHED = LatentAttentionConfig(2, 6, 8, 4, 4, rope_scaling=YARN)
 MIXED = TransformerConfig(
     vocab_size=20,
     num_layers=5,
@@ -87,6 +95,7 @@ def token_by_token(config, variables):
         dataclasses.replace(SMALL, attention=SLIDING),
         dataclasses.replace(SMALL, attention=LATENT),
         dataclasses.replace(SMALL, attention=(LINEAR, SLIDING), scan_layers=False),
+        dataclasses.replace(SMALL, attention=(CLIPPED, HEADWISE, STRETCHED), num_layers=3),
         MIXED,
     ],
 )
@@ -97,6 +106,12 @@ def test_decoding_with_a_cache_equals_the_full_forward_token_by_token(config):
     real = np.asarray(SEGMENTS > 0)
     np.testing.assert_allclose(logits[real], expected[real], atol=2e-5)
     np.testing.assert_array_equal(length, [9, 9])
+
+
+def test_a_token_of_latent_attention_is_decoded_absorbed_and_a_text_read_expanded():
+    """So that decoding, above, is compared with the other form."""
+    assert absorbing_is_cheaper(LATENT, 1, 10)
+    assert not absorbing_is_cheaper(LATENT, 9, 9)
 
 
 def test_caches_hold_what_is_used():
