@@ -275,6 +275,7 @@ def test_muon_on_stacked_experts_equals_muon_on_each():
 ORTHOGONALISED = {
     *('attention/q', 'attention/k', 'attention/v', 'attention/o', 'attention/beta'),
     *('mlp/gate_up', 'mlp/down', 'shared/gate_up', 'shared/down', 'moe/gate_up', 'moe/down'),
+    'mtp_1/projection',
 }
 DECAYED = {
     *('head/kernel', 'router/kernel', 'attention/conv'),
@@ -285,6 +286,7 @@ LEFT = {
     *('embed/embedding', 'final_norm/scale', 'mlp_norm/scale', 'mlp_post_norm/scale'),
     *('attention_norm/scale', 'attention_post_norm/scale', 'q_norm/scale', 'k_norm/scale'),
     *('kv_norm/scale', 'o_norm/scale', 'attention/sinks', 'attention/log_rate'),
+    *('hidden_norm/scale', 'embedding_norm/scale'),
     *('attention/q_bias', 'attention/k_bias', 'attention/v_bias', 'attention/o_bias'),
     *('attention/decay_bias', 'router/bias', 'moe/gate_up_bias', 'moe/down_bias'),
 }
@@ -307,6 +309,7 @@ def test_what_becomes_of_every_parameter(scan_layers: bool):
         ),
         moe=MoEConfig(router, 6, shared_dim=5, bias=True, first_dense_layers=1),
         post_norms=True,
+        mtp_depth=1,
         scan_layers=scan_layers,
     )
     model = Transformer(config)
