@@ -135,7 +135,8 @@ def variables():
 
 def test_maps_count_what_the_routers_chose():
     rows, model = held_out().rows, Transformer(CONFIG)
-    output = model.apply(variables(), rows['tokens'], rows['positions'], rows['segment_ids'])
+    inputs = [jnp.asarray(rows[name]) for name in ('tokens', 'positions', 'segment_ids')]
+    output = jax.jit(model.apply)(variables(), *inputs)
     together, by_class = np.zeros((2, 4, 4)), np.zeros((2, 4, len(TOKEN_CLASSES)))
     for layer, router in enumerate(output.router):
         for row, t in np.argwhere(rows['segment_ids']):
