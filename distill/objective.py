@@ -127,7 +127,7 @@ class Objective:
             raise InputError(
                 f'An objective needs a tuple of one or more Term; received {self.terms!r}.'
             )
-        _check(self.mtp_weight, lambda x: x >= 0, 'mtp_weight', 'zero or more')
+        check_number(self.mtp_weight, lambda x: x >= 0, 'mtp_weight', 'zero or more')
 
     @property
     def needs_teacher(self) -> bool:

@@ -92,7 +92,12 @@ def predict_ahead(
 
 
 def empty_module_cache(
-    model: Transformer, batch: int, num_slots: int, dtype: DType | None = None
+    model: Transformer,
+    batch: int,
+    num_slots: int,
+    dtype: DType | None = None,
+    *,
+    slack: int = 0,
 ) -> KVCache:
     """Preallocates what the layer of one module keeps of up to `num_slots` tokens.
 
@@ -101,13 +106,15 @@ def empty_module_cache(
         batch: `B`.
         num_slots: `S`, at least as many as tokens will ever be given.
         dtype: of keys, values and latents; the model's activation dtype where None.
+        slack: how many tokens a row's length may ever be set back by.
 
     Returns:
-        A cache of length 0.
+        A cache of rows of length 0.
     """
-    attention = module_kind(model.config).attention
+    attention, kept = module_kind(model.config).attention, dtype or model.config.dtype
     return KVCache(
-        layers=(empty_layer_cache(attention, batch, num_slots, dtype or model.config.dtype),),
+        layers=(empty_layer_cache(attention, batch, num_slots, kept, slack),),
         segment_ids=jnp.zeros((batch, num_slots), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
+        slack=slack,
     )

@@ -184,7 +184,8 @@ def require_reachable(
             f"{method!r} keeps {name}: the source has {x!r}, the target {y!r}. Set the target's to "
             f'the former{others}.'
         )
-    METHODS[method].check(source, target, **known | dict(options or {}))
+    plain = dataclasses.replace(source, mtp_depth=0)
+    METHODS[method].check(plain, target, **known | dict(options or {}))
 
 
 def initialise(
