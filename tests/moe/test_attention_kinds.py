@@ -23,7 +23,7 @@ from moe.errors import InputError
 from moe.latent_attention import absorbing_is_cheaper
 from moe.sharding import MeshConfig, init_sharded, make_mesh
 from moe.stacking import layer_groups, layer_kinds
-from moe.transformer import Transformer, output_head, output_logits
+from moe.transformer import Transformer, embed_tokens, output_head, output_logits
 
 GLOBAL = AttentionConfig(2, 1, 8, rope_theta=500.0)
 SLIDING = AttentionConfig(2, 2, 8, window=3, sinks=True, qkv_bias=True, output_bias=True)
@@ -185,7 +185,7 @@ def test_capped_logits_are_no_product_with_a_head():
 def test_embeddings_are_scaled_in_the_dtype_of_the_model():
     config = dataclasses.replace(SMALL, embed_dim=10, dtype='bfloat16')
     table = jax.random.normal(jax.random.key(2), (20, 10))
-    embedded = Transformer(config).bind({})._embed(table, TOKENS)
+    embedded = embed_tokens(config, table, TOKENS)
     rows = table.astype(jnp.bfloat16)[TOKENS]
     # The root of 10 is 3.1623; bfloat16 has 3.15625.
     expected = (rows.astype(jnp.float32) * 3.15625).astype(jnp.bfloat16)
