@@ -22,6 +22,7 @@ from moe.errors import InputError
 from moe.look_ahead import empty_module_cache, predict_ahead
 from moe.mtp import ahead, same_segment_ahead
 from moe.presets import preset
+from moe.qk_clip import MAX_LOGITS, clip_heads
 from moe.selection_bias import update_selection_bias
 from moe.sharding import abstract_variables
 from moe.transformer import Transformer
@@ -219,6 +220,20 @@ def test_selection_biases_of_modules_follow_their_load():
         'mtp_1': [0.5, -0.5, 0, 0],
         'mtp_2': [0, 0, -0.5, 0.5],
     }
+
+
+def test_heads_of_modules_are_clipped_too():
+    variables, model = variables_of(PLAIN), Transformer(PLAIN)
+    run = jax.jit(lambda v: model.apply(v, TOKENS, mtp=True, mutable=[MAX_LOGITS])[1][MAX_LOGITS])
+    highest = run(variables)
+    module = highest['mtp_2']['block']['attention']['highest']
+    threshold = float(module.min()) * 0.75
+    clipped = clip_heads(PLAIN, variables['params'], highest, threshold)
+    q, before = (
+        tree['mtp_2']['block']['attention']['q'] for tree in (clipped, variables['params'])
+    )
+    # Both query heads share one key head, so all of the factor falls to the queries.
+    np.testing.assert_allclose(q, before * (threshold / module)[:, None], rtol=1e-6)
 
 
 def test_what_cannot_be_run_is_refused():
