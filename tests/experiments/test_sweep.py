@@ -12,8 +12,8 @@ import pytest
 from launching import LONGEST_LAUNCH, ROOT, Launcher, checkpoint_arrays
 from tiny import get_config
 
-from experiments.sweep import figures, share
 from experiments.sweep_config import build_runs
+from experiments.sweep_runs import figures, share
 from moe.errors import InputError
 
 SWEEP = """
