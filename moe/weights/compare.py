@@ -44,7 +44,7 @@ def told(folder: pathlib.Path, family: Family, problems: list[str]) -> str:
     """Says which tensors are not as they must be, all of them."""
     return '\n'.join(
         [
-            f'{folder} does not hold the {family.model_type} model of its {CONFIG}; '
+            f'{folder} does not hold the {family.model_type} model of its config.json; '
             f'{len(problems)} tensors are not as they must be:',
             *(f'  {problem}' for problem in problems),
             'Fetch the folder again, or correct the config.',
