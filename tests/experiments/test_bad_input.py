@@ -34,7 +34,10 @@ OVERRIDES = {
     ),
     'unknown flag': (('--wrokdir=x',), ("'wrokdir'", 'workdir')),
     'stray word': (('--stages=teacher,', 'student'), ("'student' is no flag", 'no spaces')),
-    'unknown stage': (('--stages=teachr',), ('teachr', 'teacher,targets,student,control,evaluate,report')),
+    'unknown stage': (
+        ('--stages=teachr',),
+        ('teachr', 'teacher,targets,student,control,evaluate,report'),
+    ),
     'no stage': (('--stages=',), ('--stages must name some of',)),
     'stage without its input': (('--stages=student',), ("'teacher'", '--stages=teacher,student')),
     'mesh': (('--config.mesh.data=3',), ('3', '8')),
