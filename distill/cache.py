@@ -21,6 +21,7 @@ from jaxtyping import Bool
 
 from distill.estimators import Estimator, SampledEstimator, TopKEstimator
 from distill.manifest import write_json
+from distill.nested import flatten
 from distill.row_index import RowIndex, sequence_keys
 from distill.target_codec import LOG_PROB_STEP, codec_for
 from distill.target_store import Layout, ShardRecord, TargetStore, writing
@@ -97,7 +98,7 @@ def require_manifest(saved: Mapping[str, Any], expected: Mapping[str, Any], dire
     Raises:
         InputError: names each key that differs, with both values.
     """
-    there, here = _flat(saved), _flat(expected)
+    there, here = flatten(saved), flatten(expected)
     lines = [
         f'  {key}: {there.get(key, "absent")!r} there, {value!r} here'
         for key, value in here.items()
@@ -284,14 +285,3 @@ def estimator_of(manifest: Mapping[str, Any]) -> Estimator:
     """Returns the estimator that a manifest describes."""
     fields = dict(manifest['estimator'])
     return _ESTIMATORS[fields.pop('kind')](**fields)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Gives nested values keys with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f'{prefix}{key}.')
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat

@@ -13,13 +13,13 @@ from distill import distributed
 from distill.checkpoint import CheckpointManager, complete_steps, read_metadata
 from distill.loop import Hooks, train
 from distill.manifest import manifest_sha256
+from distill.nested import flatten
 from distill.optimizer import optimizer_state_shardings
 from distill.step import Recipe, StepMetrics, initial_state, make_train_step
 from distill.target_stream import Pipeline
 from distill.types import Batch, TrainState
 from experiments.signals import StopSignal
 from experiments.watch import Watch
-from experiments.workdir import flatten
 from moe.errors import InputError
 from moe.sharding import abstract_variables, batch_sharding, variable_shardings
 from moe.transformer import Transformer

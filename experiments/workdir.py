@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from distill.nested import flatten
 from moe.errors import InputError
 
 # What a study may be moved to or watched by without becoming another study.
@@ -128,14 +129,3 @@ def _refuse_other_config(file: pathlib.Path, values: dict[str, Any]) -> None:
             ]
         )
     )
-
-
-def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Gives nested values keys with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f'{prefix}{key}.')
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat
