@@ -1,6 +1,7 @@
 """Every test sees eight CPU devices."""
 
 import os
+from collections.abc import Iterator
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -39,3 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Unloads what a file compiled: Linux maps at most 65,530 regions into a process."""
+    yield
+    jax.clear_caches()
