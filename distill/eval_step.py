@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from distill.calibration import RELIABILITY_BINS, binned_sums, confidence_bins, position_buckets
 from distill.types import Batch
 from moe.balance import router_confidence
 from moe.errors import InputError
@@ -27,6 +28,10 @@ class RowSums:
         correct: tokens where the most probable next token is the label.
         kl: KL(teacher || student), nats; None without a teacher.
         agree: tokens where teacher and student have the same most probable next token; likewise.
+        reliability: for each bin of confidence its tokens, their confidence, and how many are
+            correct; see `distill.calibration`.
+        agree_at: for each bucket of positions its tokens, and how many agree; None without a
+            teacher.
         load: assignments to each expert, one array for each MoE layer.
         dropped: assignments among them that found no slot, one number for each MoE layer.
         confidence: each router's largest scores, summed over the tokens it routed, and how many
@@ -38,6 +43,8 @@ class RowSums:
     correct: Float[Array, 'B']
     kl: Float[Array, 'B'] | None
     agree: Float[Array, 'B'] | None
+    reliability: Float[Array, 'B M 3']
+    agree_at: Float[Array, 'B P 2'] | None
     load: tuple[Float[Array, 'E'], ...]
     dropped: tuple[Float[Array, ''], ...]
     confidence: tuple[tuple[Float[Array, ''], Float[Array, '']], ...]
@@ -53,8 +60,8 @@ def make_eval_step(
 
     Args:
         student: the model that is judged.
-        teacher: whom it is compared with; None leaves `kl` and `agree` out, and the step then
-            ignores its second argument.
+        teacher: whom it is compared with; None leaves `kl`, `agree` and `agree_at` out, and the
+            step then ignores its second argument.
         chunk_size: tokens whose logits exist at one time; at least one position of every row.
 
     Returns:
@@ -92,21 +99,26 @@ def _row_sums(
         heads.append(head)
     rows, length = batch.tokens.shape
     width = min(length, max(1, chunk_size // rows))
-    chunks = jax.tree.map(lambda x: _in_chunks(x, width), (states, batch.labels, batch.mask))
+    operands = (states, batch.labels, batch.mask, position_buckets(batch.positions))
+    chunks = jax.tree.map(lambda x: _in_chunks(x, width), operands)
+    buckets = (length - 1).bit_length() + 1
 
     def add(sums: dict[str, Array], chunk: Any) -> tuple[dict[str, Array], None]:
-        states, labels, mask = chunk
+        states, labels, mask, at = chunk
         product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
         logits = [product(x, head) for x, head in zip(states, heads, strict=True)]
-        return jax.tree.map(jnp.add, sums, _chunk_sums(logits, labels, mask)), None
+        return jax.tree.map(jnp.add, sums, _chunk_sums(logits, labels, mask, at, buckets)), None
 
-    names = ('tokens', 'nats', 'correct', *(('kl', 'agree') if teacher is not None else ()))
-    zeros = {name: jnp.zeros(rows, jnp.float32) for name in names}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(('tokens', 'nats', 'correct'), (rows,))
+    shapes['reliability'] = (rows, RELIABILITY_BINS, 3)
+    if teacher is not None:
+        shapes |= {'kl': (rows,), 'agree': (rows,), 'agree_at': (rows, buckets, 2)}
+    zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
     sums, _ = jax.lax.scan(add, zeros, chunks)
     load = tuple(layer.load for layer in router)
     dropped = tuple(layer.dropped for layer in router)
     confidence = _confidence(student, router, batch.segment_ids > 0)
-    sums = {'kl': None, 'agree': None, **sums}
+    sums = {'kl': None, 'agree': None, 'agree_at': None, **sums}
     result = RowSums(**sums, load=load, dropped=dropped, confidence=confidence)
     return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim, student.mesh), result)
 
@@ -142,10 +154,14 @@ def _in_chunks(x: Array, width: int) -> Array:
 
 
 def _chunk_sums(
-    logits: Sequence[Float[Array, 'B C V']], labels: Int[Array, 'B C'], mask: Bool[Array, 'B C']
-) -> dict[str, Float[Array, 'B']]:
+    logits: Sequence[Float[Array, 'B C V']],
+    labels: Int[Array, 'B C'],
+    mask: Bool[Array, 'B C'],
+    bucket: Int[Array, 'B C'],
+    buckets: int,
+) -> dict[str, Float[Array, 'B ...']]:
     """Sums each metric over the positions of a chunk; `logits` are the student's, then a
-    teacher's."""
+    teacher's, and each position lies in one of the `buckets`."""
 
     def total(x: Array) -> Array:
         return jnp.where(mask, x, 0).sum(-1, dtype=jnp.float32)
@@ -153,14 +169,20 @@ def _chunk_sums(
     log_probs = [jax.nn.log_softmax(x) for x in logits]
     choices = [x.argmax(-1) for x in logits]
     nats = -jnp.take_along_axis(log_probs[0], labels[..., None], -1)[..., 0]
+    correct, one = choices[0] == labels, jnp.ones_like(nats)
+    confidence = jnp.exp(log_probs[0].max(-1))
+    bins = confidence_bins(confidence)
     sums = {
-        'tokens': total(jnp.ones_like(nats)),
+        'tokens': total(one),
         'nats': total(nats),
-        'correct': total(choices[0] == labels),
+        'correct': total(correct),
+        'reliability': binned_sums(bins, (one, confidence, correct), mask, RELIABILITY_BINS),
     }
     if len(logits) == 2:
         # 0 log 0 = 0: what the teacher excludes costs nothing, even where the student does too.
         teacher = jnp.exp(log_probs[1])
         terms = jnp.where(teacher > 0, teacher * (log_probs[1] - log_probs[0]), 0)
-        sums |= {'kl': total(terms.sum(-1)), 'agree': total(choices[0] == choices[1])}
+        agree = choices[0] == choices[1]
+        sums |= {'kl': total(terms.sum(-1)), 'agree': total(agree)}
+        sums['agree_at'] = binned_sums(bucket, (one, agree), mask, buckets)
     return sums

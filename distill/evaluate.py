@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from distill.calibration import calibration_error
 from distill.data import EvaluationSet
 from distill.eval_step import make_eval_step
 from distill.statistics import Estimate, paired_difference, paired_quotient, ratio
@@ -44,6 +45,10 @@ class Evaluation:
         confidence: mean over routed tokens of each router's largest score, `[MoE layers]`; None
             where it was not measured, as the next.
         batch_violation: mean over batches of `max_violation` of each one's load, `[MoE layers]`.
+        reliability: for each bin of confidence its tokens, their confidence, and how many are
+            correct, `[n, M, 3]`; None where it was not measured.
+        agree_at: for each bucket of positions its tokens, and how many agree with the teacher,
+            `[n, P, 2]`; likewise.
     """
 
     names: tuple[str, ...]
@@ -58,6 +63,8 @@ class Evaluation:
     dropped: np.ndarray
     confidence: np.ndarray | None = None
     batch_violation: np.ndarray | None = None
+    reliability: np.ndarray | None = None
+    agree_at: np.ndarray | None = None
 
 
 def evaluate(
@@ -92,22 +99,25 @@ def evaluate(
     _require_divisible(batch_size, model.mesh)
     step = make_eval_step(model, teacher, chunk_size=chunk_size)
     documents = len(evaluation_set.names)
-    metrics = ('tokens', 'nats', 'correct', *(('kl', 'agree') if teacher is not None else ()))
-    totals = {name: np.zeros(documents) for name in metrics}
+    metrics = ['tokens', 'nats', 'correct', 'reliability']
+    metrics += ['kl', 'agree', 'agree_at'] if teacher is not None else []
+    totals: dict[str, Any] = {}
     experts: list[np.ndarray] = []
     for batch, document in evaluation_set.batches(batch_size):
         sums = step(variables, teacher_variables, placed(batch, model.mesh))
         real = document >= 0
-        for name, total in totals.items():
+        for name in metrics:
             rows = np.asarray(getattr(sums, name), np.float64)
+            total = totals.setdefault(name, np.zeros((documents, *rows.shape[1:])))
             np.add.at(total, document[real], rows[real])
         layers = zip(sums.load, sums.dropped, sums.confidence, strict=True)
         experts.append(np.array([_expert_row(*layer) for layer in layers], np.float64))
     load, dropped, confidence, violation = _expert_sums(experts)
+    measured: Any = {'kl': None, 'agree': None} | totals
     return Evaluation(
         names=tuple(evaluation_set.names),
         bytes=np.asarray(evaluation_set.byte_counts, np.float64),
-        **{'kl': None, 'agree': None, **totals},
+        **measured,
         expert_layers=tuple(np.flatnonzero(model.config.moe_layers).tolist()),
         load=load,
         dropped=dropped,
@@ -161,7 +171,7 @@ def summarize(evaluation: Evaluation, *, seed: int = 0) -> dict[str, dict[str, f
 
     `bits_per_byte = nats / ln 2 / bytes`; the others are sums over predicted tokens divided by
     their count: `cross_entropy` and `kl_from_teacher` in nats, `accuracy` and `top1_agreement` in
-    [0, 1].
+    [0, 1]. `calibration_error` is that of `distill.calibration`, in [0, 1].
 
     Args:
         evaluation: of one model.
@@ -179,6 +189,8 @@ def summarize(evaluation: Evaluation, *, seed: int = 0) -> dict[str, dict[str, f
     if evaluation.kl is not None and evaluation.agree is not None:
         metrics['kl_from_teacher'] = ratio(evaluation.kl, evaluation.tokens, seed=seed)
         metrics['top1_agreement'] = ratio(evaluation.agree, evaluation.tokens, seed=seed)
+    if evaluation.reliability is not None:
+        metrics['calibration_error'] = calibration_error(evaluation.reliability, seed=seed)
     return {name: estimate.to_dict() for name, estimate in metrics.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill import pictures, routing_pictures
+from distill import pictures, quality_pictures, routing_pictures
 from distill.metrics import format_duration, format_quantity
 from distill.page import PAGE
 from distill.provenance import in_words
@@ -100,6 +100,7 @@ def _figures(
     models = summary['models'].values()
     if any('bits_per_byte' in model and 'flops_per_token' in model for model in models):
         figures['cost_quality'] = pictures.cost_quality(summary)
+    figures |= quality_pictures.drawn(summary)
     layers = [row['layer'] for row in summary.get('experts', ())]
     if load is not None and len(load):
         figures['expert_load'] = pictures.expert_load(load, layers or None)
@@ -143,6 +144,7 @@ def render(summary: Summary, samples: Samples, images: Mapping[str, bytes]) -> s
         _section('Teacher, student, control', _model_table(summary)),
         _section('Learning', _picture(images, 'learning_curves')),
         _section('What quality costs', _picture(images, 'cost_quality')),
+        _section('How sure, how close', _quality(images)),
         _section('Experts', _experts(summary, images)),
         _section('In their own words', _samples(samples)),
         _section('The price, step by step', _prices(summary)),
@@ -157,6 +159,7 @@ PICTURES = {
     'average.',
     'cost_quality': 'Down and to the left is better. Bars are 95 % intervals over held-out '
     'documents.',
+    **quality_pictures.CAPTIONS,
     'expert_load': "How often the student's routers chose each expert on held-out text, relative "
     'to an even share: 1 is balanced, 0 is an expert that is never used.',
     'balance_over_steps': "How far each router's busiest expert lay above the mean load while the "
@@ -243,6 +246,10 @@ def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for first, *rest in rows
     ]
     return _table(heads, body)
+
+
+def _quality(images: Mapping[str, bytes]) -> str:
+    return ''.join(_picture(images, name) for name in quality_pictures.CAPTIONS)
 
 
 def _experts(summary: Summary, images: Mapping[str, bytes]) -> str:

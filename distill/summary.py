@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MODELS = ('teacher', 'student', 'control')
-METRICS = ('bits_per_byte', 'cross_entropy', 'accuracy', 'kl_from_teacher', 'top1_agreement')
+METRICS = (
+    'bits_per_byte',
+    'cross_entropy',
+    'accuracy',
+    'kl_from_teacher',
+    'top1_agreement',
+    'calibration_error',
+)
 
 Problems = list[str]
 Check = Callable[[Any, str, Problems], None]
@@ -132,10 +139,14 @@ def _estimate(value: Any, where: str, problems: Problems) -> None:
 
 
 _PRICE = _record({'value': _number, 'chip': _text, 'price_source': _json, 'basis': _json})
+_RELIABILITY = _record({'confidence': _number, 'accuracy': _estimate, 'tokens': _count})
+_AGREEMENT = _record({'from': _count, 'to': _count, 'tokens': _count, 'agreement': _estimate})
 _MODEL = _record(
     {},
     {
         **dict.fromkeys(METRICS, _estimate),
+        'reliability': _each(_RELIABILITY),
+        'agreement_by_position': _each(_AGREEMENT),
         'parameters': _record({'total': _count, 'active': _count}),
         'flops_per_token': _number,
         'bytes_per_token': _number,

@@ -60,6 +60,7 @@ _METRIC_ROWS: dict[str, tuple[str, str, Format]] = {
     'accuracy': ('Accuracy', 'next token', percent),
     'kl_from_teacher': ('KL from teacher', 'nats/token', _three),
     'top1_agreement': ('Top-1 agreement', 'with teacher', percent),
+    'calibration_error': ('Calibration error', 'of the likeliest token', percent),
 }
 _COST_ROWS: tuple[tuple[tuple[str, ...], str, str, Format], ...] = (
     (('parameters', 'total'), 'Parameters', 'total', format_quantity),

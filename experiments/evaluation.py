@@ -9,6 +9,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from distill import distributed
+from distill.calibration import agreement_rows, reliability_rows
 from distill.cost import (
     chip_price,
     measure_prefill,
@@ -50,7 +51,10 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         line.say('student: routing')
         _save_routing(context, *models['student'])
     rows: dict[str, dict[str, Any]] = {
-        name: summarize(evaluations[name], seed=context.study.seed) | costs[name] for name in models
+        name: summarize(evaluation, seed=context.study.seed)
+        | _by_bin(evaluation, context.study.seed)
+        | costs[name]
+        for name, evaluation in evaluations.items()
     }
     teacher, student = rows['teacher'], rows['student']
     return {
@@ -81,6 +85,16 @@ def _quality(context: Context, models: Models, name: str) -> Evaluation:
         teacher_variables=teacher_variables,
         batch_size=context.study.evaluate.batch_size,
     )
+
+
+def _by_bin(evaluation: Evaluation, seed: int) -> dict[str, Any]:
+    """Describes accuracy by confidence, and agreement with the teacher by position."""
+    rows: dict[str, Any] = {}
+    if evaluation.reliability is not None:
+        rows['reliability'] = reliability_rows(evaluation.reliability, seed=seed)
+    if evaluation.agree_at is not None:
+        rows['agreement_by_position'] = agreement_rows(evaluation.agree_at, seed=seed)
+    return rows
 
 
 def _save_routing(context: Context, model: Transformer, variables: Any) -> None:

@@ -19,6 +19,7 @@ UNITS = {
     'accuracy': 'share',
     'kl_from_teacher': 'nats/token',
     'top1_agreement': 'share',
+    'calibration_error': 'share',
     'flops_per_token': 'FLOPs/token',
     'bytes_per_token': 'bytes/token',
     'tokens_per_second': 'tokens/s',

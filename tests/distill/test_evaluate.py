@@ -99,6 +99,7 @@ def reference(student: TransformerConfig, teacher: TransformerConfig) -> dict[st
     q, p = model_output(student)[0], model_output(teacher)[0]
     names = ('tokens', 'nats', 'correct', 'kl', 'reverse_kl', 'agree')
     sums = {name: np.zeros(R) for name in names}
+    sums['reliability'], sums['agree_at'] = np.zeros((R, 15, 3)), np.zeros((R, 5, 2))
     for row, position in np.argwhere(rows['mask']):
         label = rows['labels'][row, position]
         log_q, log_p = q[row, position], p[row, position]
@@ -108,6 +109,11 @@ def reference(student: TransformerConfig, teacher: TransformerConfig) -> dict[st
         sums['kl'][row] += np.sum(np.exp(log_p) * (log_p - log_q))
         sums['reverse_kl'][row] += np.sum(np.exp(log_q) * (log_q - log_p))
         sums['agree'][row] += np.argmax(log_q) == np.argmax(log_p)
+        sure = np.exp(log_q.max())
+        at = next(b for b in range(15) if b / 15 < sure <= (b + 1) / 15)
+        sums['reliability'][row, at] += (1, sure, np.argmax(log_q) == label)
+        bucket = len(f'{rows["positions"][row, position]:b}'.lstrip('0'))
+        sums['agree_at'][row, bucket] += (1, np.argmax(log_q) == np.argmax(log_p))
     return sums
 
 
@@ -118,9 +124,9 @@ def by_document(rows: np.ndarray) -> np.ndarray:
 
 def assert_measured(evaluation: Evaluation, student: TransformerConfig, teacher: TransformerConfig):
     wanted = reference(student, teacher)
-    for name in ('tokens', 'correct', 'agree'):
+    for name in ('tokens', 'correct', 'agree', 'agree_at'):
         np.testing.assert_array_equal(getattr(evaluation, name), by_document(wanted[name]), name)
-    for name in ('nats', 'kl'):
+    for name in ('nats', 'kl', 'reliability'):
         np.testing.assert_allclose(
             getattr(evaluation, name), by_document(wanted[name]), rtol=2e-5, err_msg=name
         )
@@ -134,6 +140,10 @@ def test_the_reference_tells_the_metrics_apart():
         assert 0 < sums['agree'] < sums['tokens']
         assert sums['correct'] != sums['agree']
         assert abs(sums['kl'] - sums['reverse_kl']) > 0.05 * sums['kl']
+        for name in ('reliability', 'agree_at'):
+            # Two bins at least have some tokens that count and some that do not.
+            tokens, hits = reference(*pair)[name].sum(0)[:, [0, -1]].T
+            assert ((hits > 0) & (hits < tokens)).sum() > 1
 
 
 @pytest.mark.parametrize(
@@ -144,9 +154,9 @@ def test_row_sums_are_those_of_log_softmax_in_float64(student, teacher, chunk_si
     step = make_eval_step(Transformer(student), Transformer(teacher), chunk_size=chunk_size)
     sums = step(variables(student), variables(teacher), Batch(**held_out().rows))
     wanted = reference(student, teacher)
-    for name in ('tokens', 'correct', 'agree'):
+    for name in ('tokens', 'correct', 'agree', 'agree_at'):
         np.testing.assert_array_equal(getattr(sums, name), wanted[name], name)
-    for name in ('nats', 'kl'):
+    for name in ('nats', 'kl', 'reliability'):
         np.testing.assert_allclose(getattr(sums, name), wanted[name], rtol=2e-5, err_msg=name)
 
 
@@ -155,25 +165,28 @@ def test_without_a_teacher_nothing_is_said_of_one():
     sums = step(variables(DENSE), None, Batch(**held_out().rows))
     assert sums.kl is None
     assert sums.agree is None
+    assert sums.agree_at is None
     np.testing.assert_allclose(sums.nats, reference(DENSE, DENSE)['nats'], rtol=2e-5)
 
 
 def test_the_divergence_of_two_coins():
     """KL(teacher || student) of a 3:1 coin from a fair one, worked by hand."""
     fair, biased = jnp.log(jnp.array([[[0.5, 0.5]]])), jnp.log(jnp.array([[[0.75, 0.25]]]))
-    sums = _chunk_sums([fair, biased], jnp.array([[1]]), jnp.array([[True]]))
+    sums = _chunk_sums([fair, biased], jnp.array([[1]]), jnp.array([[True]]), jnp.array([[0]]), 1)
     assert float(sums['kl'][0]) == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
     assert float(sums['nats'][0]) == pytest.approx(math.log(2))
     # What both exclude costs nothing, and what is masked does not count even where it is no number.
     certain = jnp.array([[[0.0, -jnp.inf], [jnp.nan, jnp.nan]]])
     mask = jnp.array([[True, False]])
-    sums = _chunk_sums([certain, certain], jnp.array([[0, 0]]), mask)
-    assert {name: float(value[0]) for name, value in sums.items()} == {
+    sums = _chunk_sums([certain, certain], jnp.array([[0, 0]]), mask, jnp.array([[1, 0]]), 2)
+    assert {name: np.asarray(value[0]).tolist() for name, value in sums.items()} == {
         'tokens': 1,
         'nats': 0,
         'correct': 1,
+        'reliability': [[0, 0, 0]] * 14 + [[1, 1, 1]],
         'kl': 0,
         'agree': 1,
+        'agree_at': [[0, 0], [1, 1]],
     }
 
 
@@ -252,7 +265,8 @@ def test_a_dense_model_has_no_experts():
     assert evaluation.expert_layers == ()
     assert evaluation.load.size == 0
     assert expert_statistics(evaluation) == []
-    assert set(summarize(evaluation)) == {'bits_per_byte', 'cross_entropy', 'accuracy'}
+    measured = {'bits_per_byte', 'cross_entropy', 'accuracy', 'calibration_error'}
+    assert set(summarize(evaluation)) == measured
 
 
 def test_what_cannot_be_evaluated_is_refused():
