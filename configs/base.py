@@ -178,6 +178,18 @@ def term(name: str, **fields: float | str | bool | dict) -> ml_collections.Confi
     return term
 
 
+def rollout() -> ml_collections.ConfigDict:
+    """Fields of distill.RolloutConfig; set as `student.rollout` to learn on-policy."""
+    return ml_collections.ConfigDict(
+        dict(
+            lmbda=0.5,  # share of the sequences that the student writes
+            teacher_share=0.0,  # share that the teacher writes
+            temperature=1.0,  # of what is drawn; 0 is greedy
+            max_new_tokens=128,
+        )
+    )
+
+
 def get_config() -> ml_collections.ConfigDict:
     """A small study of everything."""
     config = ml_collections.ConfigDict()
@@ -239,6 +251,7 @@ def get_config() -> ml_collections.ConfigDict:
             selection_bias_rule='sign',  # or 'proportional'
         ),
         mtp_weight=0.0,  # of the same terms over tokens further ahead, the control's too
+        rollout=_mapping(),  # `rollout()`, to learn from what a model writes
         terms=dict(
             kl=term('forward_kl', weight=0.9),
             ce=term('cross_entropy', weight=0.1),

@@ -1,6 +1,7 @@
 """How a model is trained, as frozen data. What it learns from is an `Objective`."""
 
 import dataclasses
+import math
 
 from moe.balance import BiasRule, Scope
 from moe.validation import one_of, require
@@ -65,3 +66,46 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(value > 0, f'train.{field.name}', 'a positive integer', value)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Which sequences of a batch are written by a model, and how.
+
+    Attributes:
+        lmbda: share of the sequences that the student writes, in [0, 1]; exact over the steps, and
+            in each step within one sequence.
+        teacher_share: share that the teacher writes, likewise; both together at most 1. The others
+            stay as the text has them.
+        temperature: divides the logits that are drawn from; 0 takes the likeliest token.
+        max_new_tokens: of a sequence; a prompt has at most `seq_len - max_new_tokens`.
+
+    Source: GKD, arXiv 2306.13649, algorithm 1, where a whole batch is the student's with
+        probability `lmbda`; here each batch has its share.
+    """
+
+    lmbda: float = 0.5
+    teacher_share: float = 0.0
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ('lmbda', 'teacher_share'):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f'rollout.{name}', 'a share, in [0, 1]', value)
+        # Shares such as 0.7 and 0.3 may sum to a little more than 1.
+        together = round(self.lmbda + self.teacher_share, 6)
+        require(together <= 1, 'rollout.lmbda + rollout.teacher_share', 'at most 1', together)
+        drawn = math.isfinite(self.temperature) and self.temperature >= 0
+        require(drawn, 'rollout.temperature', 'zero (greedy) or more', self.temperature)
+        count = self.max_new_tokens
+        require(count > 0, 'rollout.max_new_tokens', 'a positive integer', count)
+
+    def require_room(self, seq_len: int) -> None:
+        """Refuses completions that leave a row no room for a prompt."""
+        require(
+            self.max_new_tokens < seq_len,
+            'rollout.max_new_tokens',
+            f'below data.seq_len={seq_len}, so that a prompt has a token at least',
+            self.max_new_tokens,
+        )

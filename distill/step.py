@@ -14,6 +14,7 @@ from distill.config import BalanceConfig, TrainConfig
 from distill.fused import fused_distillation_loss
 from distill.mtp_loss import mtp_loss, require_weight
 from distill.objective import Objective
+from distill.rollout import STUDENT, TEACHER, Author, Rollout, roll_out, rollout_key
 from distill.router_loss import router_loss
 from distill.schedules import value_at
 from distill.teacher import Teacher
@@ -21,6 +22,7 @@ from distill.types import Batch, TrainState
 from moe.errors import InputError
 from moe.mtp import same_segment_ahead
 from moe.qk_clip import MAX_LOGITS, clip_heads, require_clippable
+from moe.routing import require_causal
 from moe.selection_bias import update_selection_bias
 from moe.transformer import Transformer, output_head
 from moe.types import ModelOutput, RouterOutput
@@ -43,6 +45,7 @@ class Recipe:
             whatever the balance.
         qk_clip: after each update, heads whose largest attention logit of the step exceeded this
             are clipped, see `moe.qk_clip.clip_heads`; None for no clip, and no measurement.
+        rollout: how rows are written anew before each update; None where all is text.
     """
 
     model: Transformer
@@ -53,6 +56,7 @@ class Recipe:
     teacher: Teacher | None = None
     seed: int = 0
     qk_clip: float | None = None
+    rollout: Rollout | None = None
 
     def __post_init__(self) -> None:
         moe, balance = self.model.config.moe, self.balance
@@ -66,6 +70,26 @@ class Recipe:
             require(self.qk_clip > 0, 'qk_clip', 'positive, or None', self.qk_clip)
             require_clippable(self.model.config)
         require_weight(self.model.config, self.objective)
+        if self.rollout is not None:
+            self._require_authors(self.rollout)
+
+    def _require_authors(self, rollout: Rollout) -> None:
+        """Refuses writers that cannot write, and a teacher that cannot judge what is new."""
+        author = getattr(self.teacher, 'model', None)
+        if self.teacher is not None and author is None:
+            raise InputError(
+                'Sequences that a model writes in training need a teacher that runs beside the '
+                f'student; received {type(self.teacher).__name__}, who spoke before they were '
+                'written. Use an online teacher, or leave the rollout out.'
+            )
+        if rollout.config.teacher_share > 0 and author is None:
+            raise InputError(
+                f'rollout.teacher_share={rollout.config.teacher_share} needs a teacher; received '
+                'none. Set it to 0, or give one.'
+            )
+        for model in (self.model, author):
+            if model is not None and model.config.moe is not None:
+                require_causal(model.config.moe.router, 'Writing sequences in training')
 
 
 def initial_state(recipe: Recipe, variables: dict[str, Any]) -> TrainState:
@@ -119,15 +143,19 @@ def make_train_step(
 
     Where the loss or the gradients' norm is not finite, parameters, optimizer state and biases stay
     as they are and `skipped` counts up. The teacher gets no gradient.
+
+    Where there is a rollout, its share of the rows is written first, by the parameters of before
+    the update: see `distill.rollout`. What is drawn is data to the gradient.
     """
 
     def train_step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        batch, written = _written(recipe, state, teacher, batch)
         gradients, totals, max_logits = _gradients(recipe, state, teacher, batch)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
         state = _update(recipe, state, gradients, totals.load, max_logits, finite)
         one = jnp.ones(())
-        pairs = totals.pairs | {'loss': (totals.loss, one), 'gradient_norm': (norm, one)}
+        pairs = totals.pairs | written | {'loss': (totals.loss, one), 'gradient_norm': (norm, one)}
         if max_logits is not None:
             largest = [leaf.max() for leaf in jax.tree.leaves(max_logits)]
             pairs['max_attention_logit'] = (jnp.stack(largest).max(), one)
@@ -137,6 +165,23 @@ def make_train_step(
         return state, StepMetrics(pairs, state.skipped, totals.load, totals.dropped, confidence)
 
     return train_step
+
+
+def _written(
+    recipe: Recipe, state: TrainState, teacher: Any, batch: Batch
+) -> tuple[Batch, dict[str, tuple[Array, Array]]]:
+    """Lets models write their shares of the batch's rows, where they have any."""
+    rollout = recipe.rollout
+    if rollout is None:
+        return batch, {}
+    authors = {}
+    if rollout.config.lmbda > 0:
+        variables = {'params': state.params, 'routing': state.routing}
+        authors[STUDENT] = Author(recipe.model, variables)
+    if rollout.config.teacher_share > 0:
+        model: Any = getattr(recipe.teacher, 'model', None)
+        authors[TEACHER] = Author(model, teacher)
+    return roll_out(rollout, authors, batch, rollout_key(recipe.seed, state.step))
 
 
 def _update(

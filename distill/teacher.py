@@ -63,6 +63,11 @@ class EstimatedTeacher:
     teacher: OnlineTeacher
     estimator: Estimator
 
+    @property
+    def model(self) -> Transformer:
+        """The model that runs."""
+        return self.teacher.model
+
     def targets(self, variables: Any, batch: Batch) -> TopKTargets | SampledTargets:
         """Runs the teacher and estimates; no gradient flows through either."""
         hidden = self.teacher.targets(variables, batch)

@@ -17,6 +17,7 @@ class Batch:
         segment_ids: 1, 2, ... a document within a row; 0 for padding. Attention stays within one.
         positions: from 0 within each document.
         targets: what a teacher said of these rows before; None where it is asked, or there is none.
+        writers: who wrote each row, as `distill.rollout` numbers them; None where all is text.
     """
 
     tokens: Int[Array, 'B T']
@@ -25,6 +26,7 @@ class Batch:
     segment_ids: Int[Array, 'B T']
     positions: Int[Array, 'B T']
     targets: 'TopKTargets | SampledTargets | None' = None
+    writers: Int[Array, 'B'] | None = None
 
 
 @flax.struct.dataclass

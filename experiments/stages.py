@@ -17,6 +17,7 @@ from distill.loop import Stopped
 from distill.objective import Objective
 from distill.optimizer import OptimizerConfig, make_optimizer
 from distill.provenance import Provenance, require_permission
+from distill.rollout import Rollout
 from distill.step import Recipe
 from distill.target_stream import TargetStream
 from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher, Teacher
@@ -126,6 +127,7 @@ def student(context: Context) -> dict[str, Any]:
         config.train,
         balance=config.balance,
         teacher=teacher,
+        rollout=_rollout(context),
     )
     return _train(
         context,
@@ -270,12 +272,21 @@ def _recipe(
     *,
     balance: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
     teacher: Teacher | None = None,
+    rollout: Rollout | None = None,
 ) -> Recipe:
     built = context.model(model)
     axes = logical_axes(built)['params']
     chain = make_optimizer(optimizer, train.steps, axes)
     seed, qk_clip = context.study.seed, optimizer.qk_clip
-    return Recipe(built, objective, chain, train, balance, teacher, seed, qk_clip)
+    return Recipe(built, objective, chain, train, balance, teacher, seed, qk_clip, rollout)
+
+
+def _rollout(context: Context) -> Rollout | None:
+    """How rows are written while the student learns, with the tokenizer's own ids."""
+    config, tokenizer = context.study.student.rollout, context.tokenizer
+    if config is None:
+        return None
+    return Rollout(config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
 
 
 def _train(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from distill.config import BalanceConfig, TrainConfig
+from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.cost import chip_price
 from distill.estimators import SampledEstimator, TopKEstimator
 from distill.mtp_loss import require_weight
@@ -132,6 +132,7 @@ class StudentConfig:
     """A student and how it is taught; `terms` are its objective's, under names of one's own.
 
     `mtp_weight` weighs them over tokens further ahead, where `model.mtp_depth` is above 0.
+    `rollout` tells which sequences a model writes while the student learns; None for none.
     """
 
     model: TransformerConfig
@@ -141,6 +142,7 @@ class StudentConfig:
     balance: BalanceConfig
     terms: dict[str, Term]
     mtp_weight: float | Schedule = 0.0
+    rollout: RolloutConfig | None = None
 
     def __post_init__(self) -> None:
         require_weight(self.model, self.objective())
@@ -327,6 +329,14 @@ class StudyConfig:
         if not init.is_random and init.source == 'teacher':
             init.require_reachable(self.teacher.model, self.student.model)
         targets = self.targets
+        if self.student.rollout is not None:
+            self.student.rollout.require_room(self.data.seq_len)
+            if targets.cached:
+                raise InputError(
+                    'student.rollout needs a teacher that runs beside the student, to judge what '
+                    'was not written before; received targets.cached=True. Set it to False, or '
+                    'leave the rollout out.'
+                )
         require_sound(
             self.student.objective().terms,
             targets.kind,

@@ -28,7 +28,16 @@ from moe.sampling import (
 from moe.transformer import Transformer, output_logits
 from moe.types import KVCache
 
-__all__ = ['Sampling', 'Written', 'filter_logits', 'generate', 'pad_prompts', 'sample', 'write']
+__all__ = [
+    'Sampling',
+    'Written',
+    'continue_rows',
+    'filter_logits',
+    'generate',
+    'pad_prompts',
+    'sample',
+    'write',
+]
 
 Prompts = Int[Array, 'B T'] | np.ndarray | Sequence[Sequence[int]] | Sequence[np.ndarray]
 
@@ -142,7 +151,43 @@ def write(
     run = _Run(dropless(model), max_new_tokens, stops, top_log_probs)
     rows = sampling_of(sampling, len(prompts))
     keys = keys_of(key, len(prompts))
-    return _write(run, variables, jnp.asarray(prompts, jnp.int32), jnp.asarray(mask), rows, keys)
+    done = jnp.zeros(len(prompts), bool)
+    ids = jnp.asarray(prompts, jnp.int32)
+    return _write(run, variables, ids, jnp.asarray(mask), rows, keys, done)
+
+
+def continue_rows(
+    model: Transformer,
+    variables: Any,
+    prompts: Int[Array, 'B T'],
+    prompt_mask: Bool[Array, 'B T'],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: Key[Array, '*B'],
+    stop_ids: tuple[int, ...] = (),
+    active: Bool[Array, 'B'] | None = None,
+) -> Written:
+    """Continues prompts as `write` does, inside a program that is being compiled.
+
+    Nothing is checked, since nothing is known yet; no gradient flows through what is drawn.
+
+    Args:
+        model: what to sample from.
+        variables: all of them: {'params': ..., 'routing': ...}.
+        prompts: ids, padded on the left.
+        prompt_mask: False for the padding.
+        max_new_tokens: `N`, how many to write in each row.
+        sampling: of all rows.
+        key: one for each row, or one that is split over the rows.
+        stop_ids: each ends a row, as its last token.
+        active: the rows to write; the others get no token. None for all.
+    """
+    B = prompts.shape[0]
+    run = _Run(dropless(model), max_new_tokens, stop_ids, 0)
+    done = jnp.zeros(B, bool) if active is None else ~active
+    rows, keys = sampling_of(sampling, B), keys_of(key, B)
+    return _write(run, jax.lax.stop_gradient(variables), prompts, prompt_mask, rows, keys, done)
 
 
 def pad_prompts(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -189,9 +234,15 @@ class _State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames='run')
 def _write(
-    run: _Run, variables: Any, prompts: Array, mask: Array, rows: SamplingRows, keys: Array
+    run: _Run,
+    variables: Any,
+    prompts: Array,
+    mask: Array,
+    rows: SamplingRows,
+    keys: Array,
+    done: Array,
 ) -> Written:
-    state = _prefilled(run, variables, prompts, mask)
+    state = _prefilled(run, variables, prompts, mask)._replace(done=done)
     step = functools.partial(_decode_step, run, variables, rows, keys)
 
     def going(state: _State) -> Array:

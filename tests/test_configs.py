@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import base
-from distill.config import BalanceConfig, TrainConfig
+from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.objective import Term
 from distill.optimizer import OptimizerConfig
 from distill.provenance import Provenance
@@ -118,6 +118,8 @@ def test_base_has_every_key():
         # The tokenizer knows how many ids a model needs.
         derived = {'vocab_size'} if cls is TransformerConfig else set()
         assert keys[path] == {field.name for field in dataclasses.fields(cls)} - derived, path
+    # Of what is None there.
+    assert set(base.rollout()) == {field.name for field in dataclasses.fields(RolloutConfig)}
 
 
 def test_what_is_none_can_be_set_on_the_command_line():

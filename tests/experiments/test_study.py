@@ -55,6 +55,7 @@ WITHOUT_BIAS = {
 }
 UPCYCLED = {'student__init__method': 'upcycle'}
 CACHED = {'targets__kind': 'top_k', 'targets__cached': True}
+ROLLOUT = {'student__rollout': dict(lmbda=0.5, max_new_tokens=8)}
 DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0.0}
 
 
@@ -66,6 +67,10 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
             'k=260 ids, and hidden targets must have at least as many; received 259',
         ),
         ({'targets__kind': 'hidden', 'targets__cached': True}, "must be 'top_k' or 'sampled'"),
+        ({'student__rollout': dict(lmbda=1.5)}, 'In config.student.rollout: rollout.lmbda must be'),
+        ({'student__rollout': dict(lambda_=0.5)}, "config.student.rollout has no key 'lambda_'"),
+        ({'student__rollout': dict(max_new_tokens=16)}, 'must be below data.seq_len=16'),
+        (ROLLOUT | CACHED, 'student.rollout needs a teacher that runs beside the student'),
         ({'targets__path': 'x'}, 'targets.path and targets.steps need targets.cached=True'),
         ({'targets__kind': 'top_k', 'targets__k': 0}, 'targets.k must be at least 1'),
         ({'targets__temperature': 2.0}, "targets.temperature must be 1 for kind='hidden'"),
