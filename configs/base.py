@@ -171,6 +171,7 @@ def term(name: str, **fields: float | str | bool | dict) -> ml_collections.Confi
             alpha=config_dict.placeholder(float),  # of 'alpha_divergence'
             mu=config_dict.placeholder(float),  # of 'adaptive_kl'
             k=config_dict.placeholder(int),  # of 'hinge' and 'ranking'
+            on=config_dict.placeholder(str),  # 'text', or what 'student' or 'teacher' wrote
         )
         | scheduled
     )
@@ -186,6 +187,8 @@ def rollout() -> ml_collections.ConfigDict:
             teacher_share=0.0,  # share that the teacher writes
             temperature=1.0,  # of what is drawn; 0 is greedy
             max_new_tokens=128,
+            replay_share=0.0,  # of steps, whose student sequences are of the steps before
+            staleness=0,  # steps that those are kept for at most
         )
     )
 
@@ -210,7 +213,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)  # devices; -1 is the rest
     config.teacher = dict(
-        source='train',  # in this run, or 'checkpoint', or 'hf'
+        source='train',  # in this run, or 'checkpoint', 'hf', or 'ema': the student's average
         # A stage's folder in another workdir, or with 'hf' a published model's, whose architecture
         # and tokenizer then count.
         checkpoint=config_dict.placeholder(str),
@@ -225,6 +228,7 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer=optimizer(),
         train=training(steps=400),
         mtp_weight=0.0,  # of the loss over tokens further ahead; above 0 with model.mtp_depth
+        ema_decay=0.999,  # of 'ema', at each update
     )
     config.targets = dict(
         kind='hidden',  # all of the teacher; or 'top_k', 'sampled'
@@ -251,6 +255,7 @@ def get_config() -> ml_collections.ConfigDict:
             selection_bias_rule='sign',  # or 'proportional'
         ),
         mtp_weight=0.0,  # of the same terms over tokens further ahead, the control's too
+        return_weight=0.0,  # of what a token does to those after it, where the student writes
         rollout=_mapping(),  # `rollout()`, to learn from what a model writes
         terms=dict(
             kl=term('forward_kl', weight=0.9),

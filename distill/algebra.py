@@ -121,11 +121,14 @@ class Divergence:
 
 
 class Weighed(NamedTuple):
-    """A divergence with what may be traced: its parameter and its weight in the gradient."""
+    """A divergence with what may be traced: its parameter and its weight in the gradient.
+
+    The weight may differ from token to token, with a last dimension of 1 for the entries.
+    """
 
     divergence: Divergence
     parameter: Parameter | None
-    weight: Float[Array, ''] | float
+    weight: Float[Array, '...'] | float
 
 
 # What a chunk of tokens is compared with, at the temperature of the comparison. Labels are marked

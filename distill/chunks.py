@@ -32,6 +32,7 @@ class Operands(NamedTuple):
     targets: Targets | None
     labels: Int[Array, 'B T'] | None
     mask: Bool[Array, 'B T']
+    token_weights: Float[Array, 'B T terms'] | None
     temperatures: Float[Array, 'groups']
     weights: Float[Array, 'terms']
     parameters: Float[Array, 'terms']
@@ -67,7 +68,8 @@ def over_mesh(
     elif isinstance(operands.targets, DenseTargets):
         targets = DenseTargets(logits=P(TOKENS, None, VOCAB))  # type: ignore
     labels: Any = None if operands.labels is None else rows
-    specs: Any = Operands(targets, labels, rows, P(), P(), P())  # type: ignore
+    by_token: Any = None if operands.token_weights is None else rows
+    specs: Any = Operands(targets, labels, rows, by_token, P(), P(), P())  # type: ignore
     return jax.shard_map(
         functools.partial(_on_device, plan, differentiate),
         mesh=plan.mesh,
@@ -153,8 +155,11 @@ def _take(arrays: tuple[Array, Operands], start: Array, length: int) -> tuple[Ar
         targets = dataclasses.replace(targets, hidden=slice_(targets.hidden))
     else:
         targets = jax.tree.map(slice_, targets)
-    labels, mask = jax.tree.map(slice_, (operands.labels, operands.mask))
-    return slice_(hidden), operands._replace(targets=targets, labels=labels, mask=mask)
+    labels, mask, by_token = jax.tree.map(
+        slice_, (operands.labels, operands.mask, operands.token_weights)
+    )
+    operands = operands._replace(targets=targets, labels=labels, mask=mask, token_weights=by_token)
+    return slice_(hidden), operands
 
 
 def _zeros(plan: Plan, shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> Array:
@@ -179,13 +184,27 @@ def _chunk(plan: Plan, student: Float[Array, 'B t V'], chunk: Operands) -> tuple
     sums = [jnp.zeros((), student.dtype)] * len(chunk.weights)
     gradient = jnp.zeros((), student.dtype)
     for temperature, group in zip(chunk.temperatures, plan.groups, strict=True):
-        terms = [Weighed(d, chunk.parameters[i], chunk.weights[i]) for i, d in group.terms]
+        terms = [Weighed(d, chunk.parameters[i], _weight(chunk, i)) for i, d in group.terms]
         logits, theirs, pull = _scaled(student, teacher, temperature, group.standardize, axis)
         values, slope = values_and_gradient(terms, logits, theirs, is_label, axis)
         for (index, _), value in zip(group.terms, values, strict=True):
-            sums[index] = jnp.sum(jnp.where(chunk.mask, value, 0))
+            sums[index] = _sum(chunk, index, value)
         gradient = gradient + pull(slope)
     return jnp.stack(sums), jnp.where(chunk.mask[..., None], gradient, 0)
+
+
+def _weight(chunk: Operands, index: int) -> Array:
+    """A term's weight, or that of each token's entries."""
+    weight = chunk.weights[index]
+    return weight if chunk.token_weights is None else weight * chunk.token_weights[..., index, None]
+
+
+def _sum(chunk: Operands, index: int, values: Float[Array, 'B t']) -> Array:
+    """Adds up a term's values; a token without weight adds nothing, even where it is infinite."""
+    if chunk.token_weights is not None:
+        weights = chunk.token_weights[..., index]
+        values = jnp.where(weights == 0, 0, weights * values)
+    return jnp.sum(jnp.where(chunk.mask, values, 0))
 
 
 def _scaled(

@@ -79,18 +79,24 @@ class RolloutConfig:
             stay as the text has them.
         temperature: divides the logits that are drawn from; 0 takes the likeliest token.
         max_new_tokens: of a sequence; a prompt has at most `seq_len - max_new_tokens`.
+        replay_share: of steps, in which the student's sequences are drawn from those that it wrote
+            in the steps before, rather than written; in [0, 1).
+        staleness: steps that a sequence is kept for at most; 0 keeps none.
 
     Source: GKD, arXiv 2306.13649, algorithm 1, where a whole batch is the student's with
-        probability `lmbda`; here each batch has its share.
+        probability `lmbda`; here each batch has its share. Replay: DistiLLM, arXiv 2402.03898,
+        section 3.2, where the share and the buffer's age are adapted; here they are stated.
     """
 
     lmbda: float = 0.5
     teacher_share: float = 0.0
     temperature: float = 1.0
     max_new_tokens: int = 128
+    replay_share: float = 0.0
+    staleness: int = 0
 
     def __post_init__(self) -> None:
-        for name in ('lmbda', 'teacher_share'):
+        for name in ('lmbda', 'teacher_share', 'replay_share'):
             value = getattr(self, name)
             require(0 <= value <= 1, f'rollout.{name}', 'a share, in [0, 1]', value)
         # Shares such as 0.7 and 0.3 may sum to a little more than 1.
@@ -100,6 +106,14 @@ class RolloutConfig:
         require(drawn, 'rollout.temperature', 'zero (greedy) or more', self.temperature)
         count = self.max_new_tokens
         require(count > 0, 'rollout.max_new_tokens', 'a positive integer', count)
+        share = self.replay_share
+        require(share < 1, 'rollout.replay_share', 'below 1, so that something is written', share)
+        require(
+            self.staleness > 0 if share > 0 else self.staleness == 0,
+            'rollout.staleness',
+            'a positive integer with a replay_share above 0, else 0',
+            self.staleness,
+        )
 
     def require_room(self, seq_len: int) -> None:
         """Refuses completions that leave a row no room for a prompt."""

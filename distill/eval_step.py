@@ -100,7 +100,7 @@ def _row_sums(
     rows, length = batch.tokens.shape
     width = min(length, max(1, chunk_size // rows))
     operands = (states, batch.labels, batch.mask, position_buckets(batch.positions))
-    chunks = jax.tree.map(lambda x: _in_chunks(x, width), operands)
+    chunks = jax.tree.map(lambda x: in_chunks(x, width), operands)
     buckets = (length - 1).bit_length() + 1
 
     def add(sums: dict[str, Array], chunk: Any) -> tuple[dict[str, Array], None]:
@@ -144,7 +144,7 @@ def _confidence(model: Transformer, routers: tuple, mask: Array) -> tuple:
     return tuple(router_confidence(router, mask, score=score) for router in routers)
 
 
-def _in_chunks(x: Array, width: int) -> Array:
+def in_chunks(x: Array, width: int) -> Array:
     """Splits `[B, T, ...]` into `[T / width, B, width, ...]`, the last one filled with zeros."""
     count = math.ceil(x.shape[1] / width)
     padding = [(0, 0)] * x.ndim

@@ -37,6 +37,7 @@ def fused_distillation_loss(
     labels: Int[Array, 'B T'] | None = None,
     mask: Bool[Array, 'B T'] | None = None,
     normalizer: Float[Array, ''] | float | None = None,
+    token_weights: Float[Array, 'B T terms'] | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ''], Metrics]:
@@ -59,6 +60,8 @@ def fused_distillation_loss(
         mask: True where the token counts; None counts all.
         normalizer: divides the sum over tokens; this mask's count if None. Micro-batches pass the
             global count, so that their losses and gradients add up to those of the whole batch.
+        token_weights: multiplies each term's value of each token, in the loss and in the sums; None
+            for 1. Not differentiated in.
         chunk_size: tokens a chunk, and a device where a mesh is given. A chunk takes
             max(1, chunk_size // B) positions of all B rows, so the batch stays sharded.
         mesh: axes 'data', 'fsdp', 'expert' split B, 'tensor' splits V and 'fsdp' splits D of the
@@ -67,7 +70,8 @@ def fused_distillation_loss(
     Returns:
         The loss, in nats per token counted by `normalizer`; and for each term its unweighted
         `(sum over unmasked tokens, count of unmasked tokens)`, T^2 included where the term asks for
-        it, by its name (numbered from the second of a name on).
+        it, by its name (numbered from the second of a name on). With token weights the sum is of
+        weighted values, and the count that of the weights.
 
     Raises:
         InputError: for shapes that do not match, what a term needs and is not given, unresolved
@@ -77,6 +81,13 @@ def fused_distillation_loss(
     2410.10989, section 3.2; vocabulary-parallel softmax: Megatron-LM, arXiv 1909.08053, section 3.
     """
     _check(hidden, head, targets, terms, labels, mask, chunk_size)
+    if token_weights is not None:
+        required = (*hidden.shape[:2], len(terms))
+        _require(
+            token_weights.shape == required,
+            f'token_weights of [B, T, terms] = {required}',
+            token_weights.shape,
+        )
     if mesh is not None:
         _check_mesh(mesh, hidden.shape[0], head.shape[0], head.shape[1])
     if mask is None:
@@ -95,6 +106,7 @@ def fused_distillation_loss(
         targets,
         labels,
         mask,
+        token_weights,
         temperatures=_stack(temperatures, dtype),
         # The mean is taken in the weights: scaling the gradients afterwards would copy the head's.
         weights=weights * share,
@@ -104,7 +116,10 @@ def fused_distillation_loss(
     loss, sums = results
     sums = jax.lax.stop_gradient(sums * squares)
     names = metric_names(terms, sampled=isinstance(targets, SampledTargets))
-    return loss, {name: (sums[i], count) for i, name in enumerate(names)}
+    counts = jnp.broadcast_to(count, (len(terms),))
+    if token_weights is not None:
+        counts = jnp.sum(jnp.where(mask[..., None], token_weights, 0), axis=(0, 1))
+    return loss, {name: (sums[i], counts[i]) for i, name in enumerate(names)}
 
 
 def _resolved(number: Number) -> Any:

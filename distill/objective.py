@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from distill.algebra import PARAMETERS, SPECS, Divergence
 from distill.schedules import Schedule, value_at
+from distill.types import WRITERS
 from moe.errors import InputError
 
 Number = float | Schedule | Float[Array, '']
@@ -32,6 +33,8 @@ class Term:
         alpha: of 'alpha_divergence' alone, in [0, 1]; 0.5 if not given; a number or a `Schedule`.
         mu: of 'adaptive_kl' alone, in (0, 1); 0.5 if not given; a number or a `Schedule`.
         k: of 'hinge' and 'ranking' alone, a whole number of 2 or more; 16 if not given.
+        on: whose sequences it is averaged over: of the 'text', or written by the 'student' or the
+            'teacher'; None for all of them.
 
     Source: standardize: arXiv 2403.01427; the divergences' are told with their functions.
     """
@@ -47,6 +50,7 @@ class Term:
     alpha: Number | None = None
     mu: Number | None = None
     k: int | None = None
+    on: str | None = None
 
     def __post_init__(self) -> None:
         spec = SPECS[Divergence(self.name).name]
@@ -62,6 +66,9 @@ class Term:
                 f'{self.name} takes no standardize: labels have no scale to be freed from; leave '
                 'it out.'
             )
+        if self.on is not None and self.on not in WRITERS:
+            known = ', '.join(map(repr, WRITERS))
+            raise InputError(f'on must be one of {known}, or None; received {self.on!r}.')
         check_number(self.weight, lambda x: x >= 0, f'The weight of {self.name}', 'zero or more')
         check_number(
             self.temperature, lambda x: x > 0, f'The temperature of {self.name}', 'positive'
@@ -116,10 +123,13 @@ class Objective:
         terms: one or more `Term`.
         mtp_weight: of the same terms over tokens further ahead, for a model with multi-token
             prediction; a number or a `Schedule`.
+        return_weight: of what a token does to those after it, in sequences that the student writes:
+            see `distill.returns`; zero or more.
     """
 
     terms: tuple[Term, ...]
     mtp_weight: float | Schedule = 0.0
+    return_weight: float = 0.0
 
     def __post_init__(self) -> None:
         valid = isinstance(self.terms, tuple) and all(isinstance(t, Term) for t in self.terms)
@@ -127,12 +137,13 @@ class Objective:
             raise InputError(
                 f'An objective needs a tuple of one or more Term; received {self.terms!r}.'
             )
-        check_number(self.mtp_weight, lambda x: x >= 0, 'mtp_weight', 'zero or more')
+        for name in ('mtp_weight', 'return_weight'):
+            check_number(getattr(self, name), lambda x: x >= 0, name, 'zero or more')
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        return any(term.needs_teacher for term in self.terms)
+        return self.return_weight > 0 or any(term.needs_teacher for term in self.terms)
 
     @property
     def uses_mtp(self) -> bool:
@@ -148,10 +159,15 @@ class Objective:
 def metric_names(terms: tuple[Term, ...], *, sampled: bool = False) -> tuple[str, ...]:
     """Returns a distinct name for each term: its own, numbered from the second of a name on.
 
+    That of a term on some of the sequences says on whose: 'skew_reverse_kl_on_student'.
+
     On samples of the teacher, forward KL is known up to the teacher's entropy alone: it is named
     for what it is, 'teacher_cross_entropy'.
     """
     known = {'forward_kl': 'teacher_cross_entropy'} if sampled else {}
-    names = [known.get(term.name, term.name) for term in terms]
+    names = [
+        known.get(term.name, term.name) + ('' if term.on is None else f'_on_{term.on}')
+        for term in terms
+    ]
     counts = [names[:i].count(name) for i, name in enumerate(names)]
     return tuple(f'{n}_{c + 1}' if c else n for n, c in zip(names, counts, strict=True))

@@ -1,31 +1,21 @@
-"""Sequences that a model writes in the place of text: prompts, completions, and rows made of both.
-
-A row of text is a few pieces of documents. Its prompt is the first part of the longest of them (of
-equals, the first), read by itself: from position 0, without its neighbours in the row. The
-completion stands for the piece's last `max_new_tokens` tokens, or for its second half where it is
-shorter than twice as many; a piece of one token has no prompt, and its row stays text. The row then
-holds prompt and completion from its start on, as one document, and padding after. Only tokens of
-the completion are predicted; end-of-text ends it, and is itself predicted.
-"""
+"""Rows that a model writes in the place of text, inside the step that learns from them."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from distill.config import RolloutConfig
-from distill.types import Batch
-from moe.attention_context import segment_positions
+from distill.prompts import Completions, Prompts, Sequences, as_rows, cut_prompts, joined
+from distill.replay import ReplayBuffer, empty_buffer, remembered, replayable, replayed
+from distill.types import WRITERS, Batch
+from distill.writers import STUDENT, TEXT, choose_writers
 from moe.decode import Sampling, continue_rows
 from moe.transformer import Transformer
 
-# Who wrote a row; `WRITERS[i]` is the name of writer `i`.
-WRITERS = ('text', 'student', 'teacher')
-TEXT, STUDENT, TEACHER = range(len(WRITERS))
 # Apart from the keys that other draws of a step are made of, which are folded with its number.
 _KEY = 2**31 - 1
 
@@ -52,32 +42,19 @@ class Author(NamedTuple):
     variables: Any
 
 
-@flax.struct.dataclass
-class Prompts:
-    """First parts of documents, one a row, padded on the left.
+class Rolled(NamedTuple):
+    """A batch with rows that were written anew.
 
     Attributes:
-        tokens: ids; 0 where `mask` is False.
-        mask: False for the padding.
-        lengths: tokens of each; 0 where a row has none.
+        batch: with its `writers`.
+        replay: what the student wrote, this step's among it; None where nothing is kept.
+        pairs: `(sum, weight)` of metrics: the share of rows by each author, the share of the
+            student's that it had written before, and the mean length of completions in tokens.
     """
 
-    tokens: Int[Array, 'B P']
-    mask: Bool[Array, 'B P']
-    lengths: Int[Array, 'B']
-
-
-@flax.struct.dataclass
-class Completions:
-    """What follows the prompts.
-
-    Attributes:
-        tokens: ids; arbitrary from `lengths` on.
-        lengths: tokens of each, that which ended it among them; 0 where nothing was written.
-    """
-
-    tokens: Int[Array, 'B N']
-    lengths: Int[Array, 'B']
+    batch: Batch
+    replay: ReplayBuffer | None
+    pairs: dict[str, tuple[Float[Array, ''], Float[Array, '']]]
 
 
 def rollout_key(seed: int, step: Int[Array, ''] | int) -> Key[Array, '']:
@@ -85,9 +62,20 @@ def rollout_key(seed: int, step: Int[Array, ''] | int) -> Key[Array, '']:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _KEY), step)
 
 
+def initial_replay(config: RolloutConfig, rows: int, seq_len: int) -> ReplayBuffer | None:
+    """Returns the buffer before the first step; None where nothing is replayed."""
+    return empty_buffer(config.staleness, rows, seq_len) if config.staleness else None
+
+
 def roll_out(
-    rollout: Rollout, authors: Mapping[int, Author], batch: Batch, key: Key[Array, '']
-) -> tuple[Batch, dict[str, tuple[Float[Array, ''], Float[Array, '']]]]:
+    rollout: Rollout,
+    authors: Mapping[int, Author],
+    batch: Batch,
+    key: Key[Array, ''],
+    *,
+    step: Int[Array, ''] | int = 0,
+    replay: ReplayBuffer | None = None,
+) -> Rolled:
     """Writes a share of the rows anew.
 
     A row's tokens follow from its prompt, its author's logits and a key of its own, which is made
@@ -99,64 +87,64 @@ def roll_out(
         authors: those whose share is not 0, by their number.
         batch: packed rows of text; the whole batch, before it is split.
         key: of the step.
-
-    Returns:
-        The batch with its `writers`; and `(sum, weight)` pairs: the share of rows by each author,
-        and the mean length of completions in tokens.
+        step: its number.
+        replay: what the student wrote before. With the probability `replay_share`, where there is
+            something, all its rows are drawn from there and nothing is written.
     """
     config = rollout.config
-    choice, *keys = jax.random.split(key, 1 + len(WRITERS))
+    choice, again, *keys = jax.random.split(key, 2 + len(WRITERS))
     prompts = cut_prompts(batch, config.max_new_tokens)
     writers = choose_writers(choice, batch.tokens.shape[0], config)
     writers = jnp.where(prompts.lengths > 0, writers, TEXT)
-    completions = _nothing(prompts, config.max_new_tokens)
+    sequences = joined(prompts, _nothing(prompts, config.max_new_tokens))
+    pairs = {}
     for number, author in authors.items():
         chosen = writers == number
-        new = complete(rollout, author, prompts, chosen, keys[number])
-        completions = jax.tree.map(lambda a, b: _by_row(chosen, a, b), new, completions)  # noqa: B023
-    batch = with_rows(batch, writers, joined(prompts, completions, rollout.pad_id))
-    rows = jnp.float32(writers.size)
-    pairs = {
-        f'{WRITERS[number]}_written': (jnp.sum(writers == number, dtype=jnp.float32), rows)
-        for number in authors
-    }
-    written = jnp.sum(writers != TEXT, dtype=jnp.float32)
-    lengths = jnp.sum(completions.lengths, dtype=jnp.float32)
-    return batch, pairs | {'completion_tokens': (lengths, written)}
+        if number == STUDENT and replay is not None:
+            new, replay, old = _replayed(
+                rollout, author, prompts, chosen, keys[number], (again, step, replay)
+            )
+            pairs['replayed'] = _share(chosen & old, chosen)
+        else:
+            new = complete(rollout, author, prompts, chosen, keys[number])
+        sequences = _choose(chosen, new, sequences)
+        pairs[f'{WRITERS[number]}_written'] = _share(chosen, jnp.ones_like(chosen))
+    written = writers != TEXT
+    lengths = jnp.sum(jnp.where(written, sequences.lengths, 0), dtype=jnp.float32)
+    pairs['completion_tokens'] = (lengths, jnp.sum(written, dtype=jnp.float32))
+    rows = as_rows(sequences, rollout.pad_id)
+    return Rolled(with_rows(batch, writers, rows), replay, pairs)
 
 
-def choose_writers(key: Key[Array, ''], rows: int, config: RolloutConfig) -> Int[Array, 'B']:
-    """Chooses who writes each row: any rows, of each author its share to within one.
+class _Past(NamedTuple):
+    """What the student wrote before a step, and the key by which that is chosen from."""
 
-    Of `B` rows the first `floor(lmbda B + u)` in a random order are the student's, and those up to
-    `floor((lmbda + teacher_share) B + u)` the teacher's, with one `u` that is uniform in [0, 1): in
-    expectation the shares are met exactly.
+    key: Key[Array, '']
+    step: Int[Array, '']
+    replay: ReplayBuffer
+
+
+def _replayed(
+    rollout: Rollout,
+    author: Author,
+    prompts: Prompts,
+    chosen: Bool[Array, 'B'],
+    key: Key[Array, ''],
+    past: _Past,
+) -> tuple[Sequences, ReplayBuffer, Bool[Array, '']]:
+    """Takes the student's sequences from the past, or lets it write, and remembers that.
+
+    Returns:
+        The sequences, the past with those that are new, and whether they are old.
     """
-    of_count, of_order = jax.random.split(key)
-    fraction = jax.random.uniform(of_count)
-    rank = jnp.argsort(jnp.argsort(jax.random.uniform(of_order, (rows,))))
-    student, both = (
-        jnp.floor(share * rows + fraction)
-        for share in (config.lmbda, config.lmbda + config.teacher_share)
-    )
-    return jnp.where(rank < student, STUDENT, jnp.where(rank < both, TEACHER, TEXT))
-
-
-def cut_prompts(batch: Batch, max_new_tokens: int) -> Prompts:
-    """Takes the first part of each row's longest piece of a document; see above."""
-    room = batch.tokens.shape[1] - max_new_tokens
-    behind = jnp.where(batch.segment_ids > 0, segment_positions(batch.segment_ids) + 1, 0)
-    size = behind.max(axis=1)
-    start = jnp.argmax(behind, axis=1) + 1 - size
-    lengths = jnp.minimum(size - jnp.minimum(max_new_tokens, size // 2), room)
-    column = jnp.arange(room) - (room - lengths)[:, None]
-    index = start[:, None] + jnp.maximum(column, 0)
-    tokens = jnp.take_along_axis(batch.tokens, index, axis=1)
-    return Prompts(
-        tokens=jnp.where(column >= 0, tokens, 0),
-        mask=column >= 0,
-        lengths=jnp.where(size >= 2, lengths, 0),
-    )
+    again, step, replay = past
+    of_choice, of_draw = jax.random.split(again)
+    old = jax.random.uniform(of_choice) < rollout.config.replay_share
+    old &= replayable(replay, step).any()
+    new = complete(rollout, author, prompts, chosen & ~old, key)
+    more = remembered(replay, step, new, chosen)
+    sequences = _choose(old, replayed(replay, step, of_draw), new)
+    return sequences, _choose(old, replay, more), old
 
 
 def complete(
@@ -165,7 +153,7 @@ def complete(
     prompts: Prompts,
     chosen: Bool[Array, 'B'],
     key: Key[Array, ''],
-) -> Completions:
+) -> Sequences:
     """Lets an author write the chosen rows; costs nothing where there is none."""
     config = rollout.config
 
@@ -184,36 +172,13 @@ def complete(
         return Completions(written.tokens, written.lengths)
 
     nothing = _nothing(prompts, config.max_new_tokens)
-    return jax.lax.cond(chosen.any(), write, lambda: nothing)
-
-
-def joined(prompts: Prompts, completions: Completions, pad_id: int) -> Batch:
-    """Makes a row of each prompt and its completion; `T` tokens, as many as both have room for."""
-    both = jnp.concatenate([prompts.tokens, completions.tokens], axis=1)
-    T = both.shape[1]
-    index = jnp.arange(T)
-    padding = (prompts.tokens.shape[1] - prompts.lengths)[:, None]
-    tokens = jnp.take_along_axis(both, jnp.minimum(index + padding, T - 1), axis=1)
-    first = prompts.lengths[:, None]
-    end = first + completions.lengths[:, None]
-    within = index < end
-    tokens = jnp.where(within, tokens, pad_id)
-    return Batch(
-        tokens=tokens,
-        labels=jnp.roll(tokens, -1, axis=1).at[:, -1].set(pad_id),
-        mask=(index >= first - 1) & (index < end - 1),
-        segment_ids=within.astype(jnp.int32),
-        positions=jnp.where(within, index, 0),
-    )
+    return joined(prompts, jax.lax.cond(chosen.any(), write, lambda: nothing))
 
 
 def with_rows(batch: Batch, writers: Int[Array, 'B'], rows: Batch) -> Batch:
     """Puts other rows in the place of those that have a writer."""
-
-    def chosen(old: Array, new: Array) -> Array:
-        return _by_row(writers == TEXT, old, new.astype(old.dtype))
-
-    return dataclasses.replace(jax.tree.map(chosen, batch, rows), writers=writers)
+    rows = jax.tree.map(lambda old, new: new.astype(old.dtype), batch, rows)
+    return dataclasses.replace(_choose(writers == TEXT, batch, rows), writers=writers)
 
 
 def _nothing(prompts: Prompts, max_new_tokens: int) -> Completions:
@@ -221,5 +186,15 @@ def _nothing(prompts: Prompts, max_new_tokens: int) -> Completions:
     return Completions(jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros(rows, jnp.int32))
 
 
-def _by_row(condition: Bool[Array, 'B'], yes: Array, no: Array) -> Array:
-    return jnp.where(condition.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+def _share(part: Bool[Array, 'B'], whole: Bool[Array, 'B']) -> tuple[Array, Array]:
+    return jnp.sum(part, dtype=jnp.float32), jnp.sum(whole, dtype=jnp.float32)
+
+
+def _choose(condition: Bool[Array, '*B'], yes: Any, no: Any) -> Any:
+    """Takes whole rows, or everything, of one tree or the other."""
+
+    def choose(a: Array, b: Array) -> Array:
+        shape = condition.shape + (1,) * (a.ndim - condition.ndim)
+        return jnp.where(condition.reshape(shape), a, b)
+
+    return jax.tree.map(choose, yes, no)

@@ -13,12 +13,14 @@ from jaxtyping import Array, Float, Int
 from distill.config import BalanceConfig, TrainConfig
 from distill.fused import fused_distillation_loss
 from distill.mtp_loss import mtp_loss, require_weight
-from distill.objective import Objective
-from distill.rollout import STUDENT, TEACHER, Author, Rollout, roll_out, rollout_key
+from distill.objective import Objective, Term
+from distill.returns import returns
+from distill.rollout import Author, Rolled, Rollout, initial_replay, roll_out, rollout_key
 from distill.router_loss import router_loss
 from distill.schedules import value_at
-from distill.teacher import Teacher
+from distill.teacher import OnlineTeacher, Teacher
 from distill.types import Batch, TrainState
+from distill.writers import STUDENT, TEACHER, require_writers, term_weights, tokens_by_writer
 from moe.errors import InputError
 from moe.mtp import same_segment_ahead
 from moe.qk_clip import MAX_LOGITS, clip_heads, require_clippable
@@ -46,6 +48,8 @@ class Recipe:
         qk_clip: after each update, heads whose largest attention logit of the step exceeded this
             are clipped, see `moe.qk_clip.clip_heads`; None for no clip, and no measurement.
         rollout: how rows are written anew before each update; None where all is text.
+        ema_decay: of the student's own average, which then is the teacher; in [0, 1). None for
+            another teacher.
     """
 
     model: Transformer
@@ -57,6 +61,7 @@ class Recipe:
     seed: int = 0
     qk_clip: float | None = None
     rollout: Rollout | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         moe, balance = self.model.config.moe, self.balance
@@ -70,8 +75,21 @@ class Recipe:
             require(self.qk_clip > 0, 'qk_clip', 'positive, or None', self.qk_clip)
             require_clippable(self.model.config)
         require_weight(self.model.config, self.objective)
+        if self.ema_decay is not None:
+            require(0 <= self.ema_decay < 1, 'ema_decay', 'in [0, 1), or None', self.ema_decay)
+            if getattr(self.teacher, 'model', None) != self.model:
+                raise InputError(
+                    'A student taught by its own average needs a teacher of its own architecture; '
+                    f'received {self.teacher!r}. Give OnlineTeacher(model).'
+                )
+        require_writers(self.objective, self.rollout and self.rollout.config)
         if self.rollout is not None:
             self._require_authors(self.rollout)
+        if self.objective.return_weight > 0 and not isinstance(self.teacher, OnlineTeacher):
+            raise InputError(
+                'return_weight needs the whole distribution of a teacher that runs beside the '
+                f'student; received {type(self.teacher).__name__}. Use targets of kind hidden.'
+            )
 
     def _require_authors(self, rollout: Rollout) -> None:
         """Refuses writers that cannot write, and a teacher that cannot judge what is new."""
@@ -92,14 +110,32 @@ class Recipe:
                 require_causal(model.config.moe.router, 'Writing sequences in training')
 
 
-def initial_state(recipe: Recipe, variables: dict[str, Any]) -> TrainState:
-    """Returns the state before the first update of the given (unboxed) variables."""
+def initial_state(
+    recipe: Recipe, variables: dict[str, Any], shape: tuple[int, int] | None = None
+) -> TrainState:
+    """Returns the state before the first update of the given (unboxed) variables.
+
+    Args:
+        recipe: of the updates.
+        variables: 'params' and, where there are any, 'routing'.
+        shape: rows and tokens of a batch; needed where what the student writes is kept.
+    """
+    replay = None
+    if recipe.rollout is not None and recipe.rollout.config.staleness > 0:
+        if shape is None:
+            raise ValueError('a rollout with staleness needs the shape of its batches')
+        replay = initial_replay(recipe.rollout.config, *shape)
+    routing = variables.get('routing', {})
+    own = {'params': variables['params'], 'routing': routing}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables['params'],
-        routing=variables.get('routing', {}),
+        routing=routing,
         opt_state=recipe.optimizer.init(variables['params']),
         skipped=jnp.zeros((), jnp.int32),
+        replay=replay,
+        # A copy: what is donated to an update may not stand in two places.
+        ema=None if recipe.ema_decay is None else jax.tree.map(jnp.copy, own),
     )
 
 
@@ -134,6 +170,7 @@ def make_train_step(
         sum over micro-batches of
             (sum over unmasked tokens of the terms) / M
           + mtp_weight * (the same of the tokens further ahead, see `distill.mtp_loss`)
+          + return_weight * (the surrogate of `distill.returns`, over the student's tokens)
           + load_balance_weight * (sum over sequences and MoE layers of the load-balance loss) / R L
           + router_z_weight * (sum over tokens and MoE layers of the z-loss) / R L,
 
@@ -145,15 +182,20 @@ def make_train_step(
     as they are and `skipped` counts up. The teacher gets no gradient.
 
     Where there is a rollout, its share of the rows is written first, by the parameters of before
-    the update: see `distill.rollout`. What is drawn is data to the gradient.
+    the update: see `distill.rollout`. What is drawn is data to the gradient. A term on some of the
+    sequences is divided by their tokens instead of `M`.
     """
 
     def train_step(state: TrainState, teacher: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        batch, written = _written(recipe, state, teacher, batch)
+        if recipe.ema_decay is not None:
+            teacher = state.ema
+        batch, replay, written = _rolled_out(recipe, state, teacher, batch)
         gradients, totals, max_logits = _gradients(recipe, state, teacher, batch)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
         state = _update(recipe, state, gradients, totals.load, max_logits, finite)
+        # What was written is data: it stays, whatever became of the update.
+        state = dataclasses.replace(state, replay=replay)
         one = jnp.ones(())
         pairs = totals.pairs | written | {'loss': (totals.loss, one), 'gradient_norm': (norm, one)}
         if max_logits is not None:
@@ -167,13 +209,11 @@ def make_train_step(
     return train_step
 
 
-def _written(
-    recipe: Recipe, state: TrainState, teacher: Any, batch: Batch
-) -> tuple[Batch, dict[str, tuple[Array, Array]]]:
+def _rolled_out(recipe: Recipe, state: TrainState, teacher: Any, batch: Batch) -> Rolled:
     """Lets models write their shares of the batch's rows, where they have any."""
     rollout = recipe.rollout
     if rollout is None:
-        return batch, {}
+        return Rolled(batch, None, {})
     authors = {}
     if rollout.config.lmbda > 0:
         variables = {'params': state.params, 'routing': state.routing}
@@ -181,7 +221,8 @@ def _written(
     if rollout.config.teacher_share > 0:
         model: Any = getattr(recipe.teacher, 'model', None)
         authors[TEACHER] = Author(model, teacher)
-    return roll_out(rollout, authors, batch, rollout_key(recipe.seed, state.step))
+    key = rollout_key(recipe.seed, state.step)
+    return roll_out(rollout, authors, batch, key, step=state.step, replay=state.replay)
 
 
 def _update(
@@ -208,10 +249,18 @@ def _update(
         routing=routing,
         opt_state=opt_state,
         skipped=jnp.zeros((), jnp.int32),
+        ema=_average(recipe.ema_decay, state.ema, {'params': params, 'routing': routing}),
     )
     kept = dataclasses.replace(state, skipped=state.skipped + 1)
     chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
     return dataclasses.replace(chosen, step=state.step + 1)
+
+
+def _average(decay: float | None, average: Any, new: Any) -> Any:
+    """Moves an average towards the new: `decay average + (1 - decay) new`; None where none is."""
+    if decay is None:
+        return None
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, new)
 
 
 @flax.struct.dataclass
@@ -230,11 +279,13 @@ class _Whole:
         tokens: unmasked, at least 1.
         routed: tokens that are not padding, at least 1.
         load: assignments to each expert; None where no loss needs it.
+        written: unmasked tokens by each writer; None where all is text.
     """
 
     tokens: Float[Array, '']
     routed: Float[Array, '']
     load: Float[Array, 'layers E'] | None
+    written: Float[Array, 'writers'] | None
 
 
 @flax.struct.dataclass
@@ -259,6 +310,7 @@ def _gradients(
         tokens=jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1),
         routed=jnp.maximum(jnp.sum(batch.segment_ids > 0, dtype=jnp.float32), 1),
         load=_whole_load(recipe, state, parts),
+        written=None if batch.writers is None else tokens_by_writer(batch),
     )
 
     def share(params: Any, part: _Part) -> tuple[Array, tuple[_Totals, Any]]:
@@ -367,9 +419,21 @@ def _loss(
         'chunk_size': recipe.train.chunk_size,
         'mesh': model.mesh,
     }
+    next_terms, token_weights, measured = _of_writers(recipe, output, head, targets, part, whole)
     loss, pairs = fused_distillation_loss(
-        output.hidden, head, targets, terms, labels=batch.labels, mask=batch.mask, **settings
+        output.hidden,
+        head,
+        targets,
+        (*terms, *next_terms),
+        labels=batch.labels,
+        mask=batch.mask,
+        token_weights=token_weights,
+        **settings,
     )
+    if next_terms:
+        # The value of a surrogate means nothing; its gradient does.
+        pairs.popitem()
+    pairs |= measured
     if output.ahead:
         further, more = mtp_loss(output.ahead, head, targets, terms, batch, **settings)
         loss += value_at(recipe.objective.mtp_weight, state.step) * further
@@ -392,6 +456,33 @@ def _loss(
         confidence=routers.confidence,
     )
     return loss, (totals, max_logits)
+
+
+def _of_writers(
+    recipe: Recipe, output: ModelOutput, head: Array, targets: Any, part: _Part, whole: _Whole
+) -> tuple[tuple[Term, ...], Array | None, dict[str, tuple[Array, Array]]]:
+    """Returns what who wrote a row adds to its loss.
+
+    Returns:
+        A term of the student's returns, where they count; the weights of all terms' tokens, that
+        one's among them; and its metrics.
+    """
+    batch, objective = part.batch, recipe.objective
+    terms = objective.terms
+    if whole.written is None or batch.writers is None:
+        return (), None, {}
+    if objective.return_weight == 0:
+        some = any(term.on is not None for term in terms)
+        weights = term_weights(terms, batch.writers, batch.mask, whole.written)
+        return (), weights if some else None, {}
+    surrogate = Term('cross_entropy', weight=objective.return_weight, on='student')
+    weights = term_weights((*terms, surrogate), batch.writers, batch.mask, whole.written)
+    size = recipe.train.chunk_size
+    future = returns(output.hidden, head, targets, batch, chunk_size=size)
+    counted = batch.mask & (batch.writers == STUDENT)[:, None]
+    future = jnp.where(counted, future, 0)
+    pair = (jnp.sum(future), jnp.sum(counted, dtype=jnp.float32))
+    return (surrogate,), weights.at[..., -1].multiply(future), {'return': pair}
 
 
 def _split(batch: Batch, parts: int) -> Batch:

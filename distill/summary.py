@@ -13,6 +13,7 @@ METRICS = (
     'cross_entropy',
     'accuracy',
     'kl_from_teacher',
+    'kl_on_own_text',
     'top1_agreement',
     'calibration_error',
 )

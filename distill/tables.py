@@ -59,6 +59,7 @@ _METRIC_ROWS: dict[str, tuple[str, str, Format]] = {
     'cross_entropy': ('Cross-entropy', 'nats/token', _three),
     'accuracy': ('Accuracy', 'next token', percent),
     'kl_from_teacher': ('KL from teacher', 'nats/token', _three),
+    'kl_on_own_text': ('KL on own text', 'nats/token', _three),
     'top1_agreement': ('Top-1 agreement', 'with teacher', percent),
     'calibration_error': ('Calibration error', 'of the likeliest token', percent),
 }

@@ -5,6 +5,9 @@ from typing import Any
 import flax.struct
 from jaxtyping import Array, Bool, Float, Int
 
+# Who wrote a row of a batch; `Batch.writers` has their numbers.
+WRITERS = ('text', 'student', 'teacher')
+
 
 @flax.struct.dataclass
 class Batch:
@@ -17,7 +20,7 @@ class Batch:
         segment_ids: 1, 2, ... a document within a row; 0 for padding. Attention stays within one.
         positions: from 0 within each document.
         targets: what a teacher said of these rows before; None where it is asked, or there is none.
-        writers: who wrote each row, as `distill.rollout` numbers them; None where all is text.
+        writers: who wrote each row, by their place in `WRITERS`; None where all is text.
     """
 
     tokens: Int[Array, 'B T']
@@ -89,6 +92,9 @@ class TrainState:
         routing: selection biases of the MoE layers ({} where none are kept).
         opt_state: of the optimizer chain.
         skipped: updates skipped in a row because the loss or a gradient was not finite; int32.
+        replay: what the student wrote in the last steps, see `distill.replay`; None where nothing
+            is kept.
+        ema: variables whose average over the updates teaches; None where another does.
     """
 
     step: Int[Array, '']
@@ -96,3 +102,5 @@ class TrainState:
     routing: Any
     opt_state: Any
     skipped: Int[Array, '']
+    replay: Any = None
+    ema: Any = None

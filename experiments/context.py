@@ -22,6 +22,7 @@ from distill.data import (
 from distill.growing import GrowingPipeline
 from distill.logs import Ledger, Logs
 from distill.pretrained_tokenizer import PretrainedTokenizer
+from distill.rollout import Rollout
 from distill.sources import Document, read_documents, split_documents
 from distill.target_stream import Pipeline
 from distill.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_or_load
@@ -170,6 +171,14 @@ class Context:
         return evaluation_rows(
             self.split[1], self.tokenizer, data.seq_len, max_documents=data.held_out_documents
         )
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """How rows are written while the student learns, with the tokenizer's own ids."""
+        config = self.study.student.rollout
+        if config is None:
+            return None
+        return Rollout(config, eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id)
 
     @property
     def batches(self) -> DataConfig:

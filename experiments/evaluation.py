@@ -17,6 +17,7 @@ from distill.cost import (
     usd_per_million_tokens,
 )
 from distill.evaluate import Evaluation, compare, evaluate, expert_statistics, summarize
+from distill.exposure import exposure
 from distill.routing_maps import routing_maps, token_classes
 from experiments.circumstances import circumstances
 from experiments.context import Context
@@ -53,6 +54,7 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {
         name: summarize(evaluation, seed=context.study.seed)
         | _by_bin(evaluation, context.study.seed)
+        | _own_text(context, models, name)
         | costs[name]
         for name, evaluation in evaluations.items()
     }
@@ -95,6 +97,24 @@ def _by_bin(evaluation: Evaluation, seed: int) -> dict[str, Any]:
     if evaluation.agree_at is not None:
         rows['agreement_by_position'] = agreement_rows(evaluation.agree_at, seed=seed)
     return rows
+
+
+def _own_text(context: Context, models: Models, name: str) -> dict[str, dict[str, float]]:
+    """Measures a student on what it writes, in a study where models write."""
+    rollout = context.rollout
+    if rollout is None or name == 'teacher':
+        return {}
+    teacher, teacher_variables = models['teacher']
+    estimate = exposure(
+        *models[name],
+        context.held_out,
+        teacher=teacher,
+        teacher_variables=teacher_variables,
+        rollout=rollout,
+        batch_size=context.study.evaluate.batch_size,
+        seed=context.study.seed,
+    )
+    return {'kl_on_own_text': estimate.to_dict()}
 
 
 def _save_routing(context: Context, model: Transformer, variables: Any) -> None:

@@ -103,6 +103,8 @@ def _teacher(context: Context) -> str:
         return f'the published model in `{pathlib.Path(str(teacher.checkpoint)).name}`'
     if teacher.source == 'checkpoint':
         return f'a model of another study, `{teacher.checkpoint}`'
+    if teacher.source == 'ema':
+        return f'the average of its own parameters, of decay {teacher.ema_decay}'
     steps = teacher.train.steps
     return f'a model trained in the same study, on the same text, for {steps} steps'
 

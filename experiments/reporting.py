@@ -18,6 +18,7 @@ UNITS = {
     'cross_entropy': 'nats/token',
     'accuracy': 'share',
     'kl_from_teacher': 'nats/token',
+    'kl_on_own_text': 'nats/token',
     'top1_agreement': 'share',
     'calibration_error': 'share',
     'flops_per_token': 'FLOPs/token',

@@ -90,6 +90,9 @@ def teacher(context: Context) -> dict[str, Any]:
     """Trains the teacher on the text, or checks that its checkpoint can be used."""
     config = context.study.teacher
     require_source(context)
+    if config.source == 'ema':
+        # It comes to be with the student.
+        return {}
     if config.source != 'train':
         load_teacher(context)
         return {}
@@ -127,7 +130,8 @@ def student(context: Context) -> dict[str, Any]:
         config.train,
         balance=config.balance,
         teacher=teacher,
-        rollout=_rollout(context),
+        rollout=context.rollout,
+        ema_decay=context.study.teacher.own_decay,
     )
     return _train(
         context,
@@ -212,6 +216,10 @@ def load_teacher(context: Context) -> tuple[Transformer, Any]:
             context.teacher_folder, mesh=context.mesh, dtype=config.dtype
         )
         return context.model(config.model), {'routing': {}} | published
+    if config.source == 'ema':
+        model = context.model(config.model)
+        folder = context.workdir.path / 'student' / 'ema'
+        return model, load_model(folder, model, context.mesh, context.identity(model.config))
     trained = context.model(config.model)
     folder = context.teacher_folder
     if config.checkpoint is not None:
@@ -236,7 +244,12 @@ def _teacher_sha256(context: Context) -> str:
 
 
 def _online_teacher(context: Context) -> tuple[Teacher, Any]:
-    """The teacher beside the student: all of it, or the estimate of it that might be cached."""
+    """The teacher beside the student: all of it, or the estimate of it that might be cached.
+
+    An average of the student has its variables in the state that is trained.
+    """
+    if context.study.teacher.source == 'ema':
+        return OnlineTeacher(context.model(context.study.student.model)), {}
     model, variables = load_teacher(context)
     online = OnlineTeacher(model)
     if context.study.targets.kind == 'hidden':
@@ -246,6 +259,12 @@ def _online_teacher(context: Context) -> tuple[Teacher, Any]:
 
 def _teacher_facts(context: Context) -> dict[str, Any]:
     """Who the teacher is: the hash of its weights and its provenance."""
+    config = context.study.teacher
+    if config.source == 'ema':
+        known = dataclasses.replace(
+            OWN_TEACHER, name='an average of the student', version=f'decay {config.ema_decay}'
+        )
+        return {'provenance': dataclasses.asdict(config.provenance.filled(known))}
     sha256 = _teacher_sha256(context)
     own = dataclasses.replace(OWN_TEACHER, version=sha256[:16])
     if context.study.teacher.source == 'hf':
@@ -273,20 +292,15 @@ def _recipe(
     balance: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
     teacher: Teacher | None = None,
     rollout: Rollout | None = None,
+    ema_decay: float | None = None,
 ) -> Recipe:
     built = context.model(model)
     axes = logical_axes(built)['params']
     chain = make_optimizer(optimizer, train.steps, axes)
     seed, qk_clip = context.study.seed, optimizer.qk_clip
-    return Recipe(built, objective, chain, train, balance, teacher, seed, qk_clip, rollout)
-
-
-def _rollout(context: Context) -> Rollout | None:
-    """How rows are written while the student learns, with the tokenizer's own ids."""
-    config, tokenizer = context.study.student.rollout, context.tokenizer
-    if config is None:
-        return None
-    return Rollout(config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    return Recipe(
+        built, objective, chain, train, balance, teacher, seed, qk_clip, rollout, ema_decay
+    )
 
 
 def _train(
@@ -324,7 +338,7 @@ def _train(
         teacher={} if teacher is None else teacher,
         initial=initial,
         identity=context.identity(recipe.model.config) | {'teacher': taught_by, 'start': start},
-        tokens_per_step=data.batch_size * data.seq_len,
+        shape=(data.batch_size, data.seq_len),
     )
     if distributed.is_writer():
         record_seen(run.folder, context.split[0])

@@ -1,5 +1,6 @@
 """A study as frozen dataclasses, built from its ConfigDict before anything runs."""
 
+import copy
 import dataclasses
 import os
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from distill.pairs import require_sound
 from distill.provenance import Provenance, require_permission
 from distill.schedules import Schedule
 from distill.tokenizer import ByteTokenizer
+from distill.writers import require_writers
 from experiments.build import build
 from experiments.init_config import InitConfig
 from moe.config import TransformerConfig, require
@@ -75,10 +77,11 @@ PUBLISHED_TEACHER = Provenance(name='a published model', version='its weights')
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """A teacher trained in this run, a checkpoint of ours, or a published model.
+    """A teacher trained in this run, a checkpoint of ours, a published model, or the student.
 
     Attributes:
-        source: 'train', 'checkpoint' or 'hf'.
+        source: 'train', 'checkpoint' or 'hf'; or 'ema', the average of the student's own parameters
+            over its updates, whose architecture is then the student's.
         checkpoint: the folder of a stage that trained it, or, with 'hf', of a published model, as
             `transformers` saves it; `~` is the home folder.
         dtype: of the frozen teacher's parameters and activations.
@@ -88,9 +91,11 @@ class TeacherConfig:
         optimizer: how it is trained; read where source='train', as is the next.
         train: for how long.
         mtp_weight: of its loss over tokens further ahead, with `model.mtp_depth`.
+        ema_decay: of the average, with source='ema': after each update it is `ema_decay` times
+            itself and the rest the new parameters; in [0, 1).
     """
 
-    source: Literal['train', 'checkpoint', 'hf']
+    source: Literal['train', 'checkpoint', 'hf', 'ema']
     checkpoint: str | None
     dtype: Literal['float32', 'bfloat16']
     provenance: Provenance
@@ -98,9 +103,16 @@ class TeacherConfig:
     optimizer: OptimizerConfig
     train: TrainConfig
     mtp_weight: float | Schedule = 0.0
+    ema_decay: float = 0.999
+
+    @property
+    def own_decay(self) -> float | None:
+        """That of the student's average; None where another model teaches."""
+        return self.ema_decay if self.source == 'ema' else None
 
     def __post_init__(self) -> None:
-        if (self.source == 'train') != (self.checkpoint is None):
+        require(0 <= self.ema_decay < 1, 'teacher.ema_decay', 'in [0, 1)', self.ema_decay)
+        if (self.source in ('train', 'ema')) != (self.checkpoint is None):
             raise InputError(
                 "config.teacher.checkpoint is a trained stage's folder and goes with "
                 "source='checkpoint', or a published model's and goes with source='hf'; received "
@@ -133,6 +145,7 @@ class StudentConfig:
 
     `mtp_weight` weighs them over tokens further ahead, where `model.mtp_depth` is above 0.
     `rollout` tells which sequences a model writes while the student learns; None for none.
+    `return_weight` weighs what a token does to those after it in what the student writes.
     """
 
     model: TransformerConfig
@@ -143,9 +156,11 @@ class StudentConfig:
     terms: dict[str, Term]
     mtp_weight: float | Schedule = 0.0
     rollout: RolloutConfig | None = None
+    return_weight: float = 0.0
 
     def __post_init__(self) -> None:
         require_weight(self.model, self.objective())
+        require_writers(self.objective(), self.rollout)
         rate, moe = self.balance.selection_bias_rate, self.model.moe
         if rate > 0 and (moe is None or not moe.router.selection_bias):
             raise InputError(
@@ -171,7 +186,7 @@ class StudentConfig:
 
     def objective(self) -> Objective:
         """The weighted sum of the terms."""
-        return Objective(tuple(self.terms.values()), self.mtp_weight)
+        return Objective(tuple(self.terms.values()), self.mtp_weight, self.return_weight)
 
 
 def _require_causal(model: TransformerConfig) -> None:
@@ -256,6 +271,7 @@ class ControlConfig:
     def __post_init__(self) -> None:
         if self.objective().needs_teacher:
             raise InputError('config.control.terms must need no teacher; keep cross_entropy alone.')
+        require_writers(self.objective(), None)
 
     def objective(self) -> Objective:
         """The weighted sum of the terms."""
@@ -324,6 +340,8 @@ class StudyConfig:
                 f'a divisor of data.batch_size={self.data.batch_size}',
                 train.micro_batches,
             )
+        if self.teacher.source == 'ema':
+            self._require_own_average()
         # What a checkpoint holds is found out when there is a mesh and text to ask it with.
         init = self.student.init
         if not init.is_random and init.source == 'teacher':
@@ -337,12 +355,32 @@ class StudyConfig:
                     'was not written before; received targets.cached=True. Set it to False, or '
                     'leave the rollout out.'
                 )
+        if self.student.return_weight > 0 and targets.kind != 'hidden':
+            raise InputError(
+                f'student.return_weight={self.student.return_weight} needs all that the teacher '
+                f"says: targets.kind='hidden'; received {targets.kind!r}. Set it, or the weight to "
+                '0.'
+            )
         require_sound(
             self.student.objective().terms,
             targets.kind,
             temperature=targets.temperature,
             kept=targets.k if targets.kind == 'top_k' else self.data.model_vocab_size,
         )
+
+    def _require_own_average(self) -> None:
+        """Refuses what needs a teacher before there is a student."""
+        init = self.student.init
+        if not init.is_random and init.source == 'teacher':
+            raise InputError(
+                "student.init.source='teacher' needs a teacher that is there before the student; "
+                "received teacher.source='ema'. Start at random, or from a checkpoint."
+            )
+        if self.targets.kind != 'hidden':
+            raise InputError(
+                "teacher.source='ema' changes with every update, and says all it has to say: "
+                f"targets.kind='hidden'; received {self.targets.kind!r}. Set it."
+            )
 
 
 def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
@@ -354,6 +392,7 @@ def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
     """
     values = config.to_dict()
     published = _published_teacher(values)
+    _own_architecture(values)
     if isinstance(values.get('data'), dict):
         vocab_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
         if published is not None:
@@ -374,6 +413,13 @@ def _published_teacher(values: dict[str, Any]) -> TransformerConfig | None:
     # Said once, by the published model.
     del part['model']['vocab_size']
     return config
+
+
+def _own_architecture(values: dict[str, Any]) -> None:
+    """Puts the student's architecture where its own average teaches."""
+    teacher, student = values.get('teacher'), values.get('student')
+    if isinstance(teacher, dict) and isinstance(student, dict) and teacher.get('source') == 'ema':
+        teacher['model'] = copy.deepcopy(student.get('model'))
 
 
 def _set_vocab_size(values: dict[str, Any], who: str, vocab_size: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from distill.loop import Hooks, train
 from distill.manifest import manifest_sha256
 from distill.nested import flatten
 from distill.optimizer import optimizer_state_shardings
+from distill.prompts import Sequences
+from distill.replay import ReplayBuffer
 from distill.step import Recipe, StepMetrics, initial_state, make_train_step
 from distill.target_stream import Pipeline
 from distill.types import Batch, TrainState
@@ -39,7 +42,7 @@ class Run:
         teacher: variables of the frozen teacher, placed; {} where there is none.
         initial: makes the variables that the run starts from, placed; the same whenever called.
         identity: what a checkpoint must have been made with for the run to go on from it.
-        tokens_per_step: of a batch, padding included.
+        shape: rows and tokens of a batch, padding included.
     """
 
     stage: str
@@ -49,7 +52,12 @@ class Run:
     teacher: Any
     initial: Callable[[], Any]
     identity: dict[str, Any]
-    tokens_per_step: int
+    shape: tuple[int, int]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of a batch, padding included."""
+        return math.prod(self.shape)
 
 
 def train_model(run: Run, pipeline: Pipeline, stop: StopSignal) -> dict[str, Any]:
@@ -90,6 +98,9 @@ def train_model(run: Run, pipeline: Pipeline, stop: StopSignal) -> dict[str, Any
         finally:
             manager.close()
     save_model(run.folder / 'model', state, run.identity)
+    if state.ema is not None:
+        average = dataclasses.replace(state, **state.ema)
+        save_model(run.folder / 'ema', average, run.identity)
     return {
         'seconds_before': seconds_before,
         'steps': config.steps,
@@ -98,16 +109,26 @@ def train_model(run: Run, pipeline: Pipeline, stop: StopSignal) -> dict[str, Any
 
 
 def state_shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
-    """Returns the sharding of every leaf of the train state."""
+    """Returns the sharding of every leaf of the train state.
+
+    What the student wrote is split by rows, as a batch is; an average as what it is of.
+    """
     variables = variable_shardings(recipe.model, mesh)
     shapes = abstract_variables(recipe.model)['params']
     replicated: Any = NamedSharding(mesh, PartitionSpec())
+    own = {'params': variables['params'], 'routing': variables.get('routing', {})}
+    replay = None
+    if recipe.rollout is not None and recipe.rollout.config.staleness > 0:
+        by_row: Any = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+        replay = ReplayBuffer(Sequences(by_row, by_row, by_row), replicated)
     return TrainState(
         step=replicated,
-        params=variables['params'],
-        routing=variables.get('routing', {}),
+        params=own['params'],
+        routing=own['routing'],
         opt_state=optimizer_state_shardings(recipe.optimizer, shapes, variables['params'], mesh),
         skipped=replicated,
+        replay=replay,
+        ema=None if recipe.ema_decay is None else own,
     )
 
 
@@ -169,7 +190,7 @@ def _start(
     run: Run, manager: CheckpointManager, pipeline: Pipeline, shardings: TrainState
 ) -> tuple[TrainState, float]:
     """Returns the state to go on from and the seconds behind it; sets the pipeline's position."""
-    initial = functools.partial(initial_state, run.recipe)
+    initial = functools.partial(initial_state, run.recipe, shape=run.shape)
     if not complete_steps(manager.directory):
         return jax.jit(initial, out_shardings=shardings)(run.initial()), 0.0
     shapes = jax.eval_shape(initial, abstract_variables(run.recipe.model))

@@ -12,23 +12,12 @@ import pytest
 
 from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.objective import Objective, Term
-from distill.rollout import (
-    STUDENT,
-    TEACHER,
-    TEXT,
-    Author,
-    Completions,
-    Prompts,
-    Rollout,
-    choose_writers,
-    cut_prompts,
-    joined,
-    roll_out,
-    rollout_key,
-)
+from distill.prompts import Completions, Prompts, as_rows, cut_prompts, joined
+from distill.rollout import Author, Rollout, roll_out, rollout_key
 from distill.step import Recipe, initial_state, make_train_step
 from distill.teacher import CachedTeacher, OnlineTeacher
 from distill.types import Batch
+from distill.writers import STUDENT, TEACHER, TEXT, choose_writers
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.errors import InputError
 from moe.sharding import MeshConfig, batch_sharding, make_mesh, variable_shardings
@@ -44,7 +33,8 @@ STUDENT_CONFIG = TransformerConfig(
     embed_dim=16,
     mlp_dim=16,
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
-    moe=MoEConfig(RouterConfig(4, 2, selection_bias=True), expert_dim=8),
+    moe=MoEConfig(RouterConfig(4, 2, selection_bias=True), expert_dim=8, dispatch='dense'),
+    scan_layers=False,
 )
 TEACHER_CONFIG = TransformerConfig(
     vocab_size=V,
@@ -52,6 +42,7 @@ TEACHER_CONFIG = TransformerConfig(
     embed_dim=24,
     mlp_dim=16,
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
+    scan_layers=False,
 )
 
 
@@ -145,7 +136,7 @@ def test_a_row_is_the_prompt_its_completion_and_padding():
     )
     # The first ended with eos as its second token; the second never did.
     completions = Completions(jnp.array([[7, EOS, EOS], [8, 9, 10]]), jnp.array([2, 3]))
-    rows = joined(prompts, completions, PAD)
+    rows = as_rows(joined(prompts, completions), PAD)
     np.testing.assert_array_equal(
         rows.tokens, [[5, 6, 7, EOS, PAD, PAD, PAD], [1, 2, 3, 4, 8, 9, 10]]
     )
@@ -179,9 +170,9 @@ def likely(config, values, tokens):
 
 def test_each_author_continues_its_own_prompts():
     """Against draws from whole forward passes, a token at a time, without a cache."""
-    rolled, pairs = written(0)
+    rolled, _, pairs = written(0)
     batch, prompts = make_batch(), cut_prompts(make_batch(), N)
-    configs, keys = (None, STUDENT_CONFIG, TEACHER_CONFIG), jax.random.split(rollout_key(0, 0), 4)
+    configs, keys = (None, STUDENT_CONFIG, TEACHER_CONFIG), jax.random.split(rollout_key(0, 0), 5)
     assert sorted(set(rolled.writers.tolist())) == [TEXT, STUDENT, TEACHER]
     lengths = 0
     for row, writer in enumerate(rolled.writers.tolist()):
@@ -194,7 +185,7 @@ def test_each_author_continues_its_own_prompts():
         for number in range(N):
             padded = jnp.array([text + [0] * (T - len(text))])
             logits = likely(configs[writer], variables()[writer - 1], padded)[0, len(text) - 1]
-            key = jax.random.fold_in(jax.random.fold_in(keys[1 + writer], row), number)
+            key = jax.random.fold_in(jax.random.fold_in(keys[2 + writer], row), number)
             text.append(int(jax.random.categorical(key, logits)))
             if text[-1] == EOS:
                 break
@@ -224,7 +215,7 @@ def test_eight_devices_write_and_learn_what_one_does_from_the_rows_as_data():
     step = jax.jit(make_train_step(recipe))
     got, metrics = jax.device_get(step(state, place(recipe.teacher.model, teacher), batch))
 
-    rows, pairs = written(0)
+    rows, _, pairs = written(0)
     plain = dataclasses.replace(make_recipe(), rollout=None)
     step = jax.jit(make_train_step(plain))
     wanted, plain_metrics = jax.device_get(step(initial_state(plain, student), teacher, rows))
@@ -243,6 +234,12 @@ def test_eight_devices_write_and_learn_what_one_does_from_the_rows_as_data():
             'rollout.lmbda . rollout.teacher_share must be at most 1',
         ),
         (dict(temperature=-1.0), 'rollout.temperature must be zero'),
+        (dict(replay_share=1.0, staleness=2), 'rollout.replay_share must be below 1'),
+        (
+            dict(replay_share=0.5),
+            'rollout.staleness must be a positive integer with a',
+        ),
+        (dict(staleness=2), 'rollout.staleness must be .* else 0; received 2'),
         (dict(max_new_tokens=0), 'rollout.max_new_tokens must be a positive integer'),
     ],
 )

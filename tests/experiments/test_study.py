@@ -55,6 +55,7 @@ WITHOUT_BIAS = {
 }
 UPCYCLED = {'student__init__method': 'upcycle'}
 CACHED = {'targets__kind': 'top_k', 'targets__cached': True}
+EMA = {'teacher__source': 'ema'}
 ROLLOUT = {'student__rollout': dict(lmbda=0.5, max_new_tokens=8)}
 DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0.0}
 
@@ -71,6 +72,19 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
         ({'student__rollout': dict(lambda_=0.5)}, "config.student.rollout has no key 'lambda_'"),
         ({'student__rollout': dict(max_new_tokens=16)}, 'must be below data.seq_len=16'),
         (ROLLOUT | CACHED, 'student.rollout needs a teacher that runs beside the student'),
+        (
+            {'student__terms__kl__on': 'student'},
+            "In config.student: forward_kl on='student' needs a rollout",
+        ),
+        (
+            ROLLOUT | {'student__return_weight': 1.0, 'targets__kind': 'top_k'},
+            "targets.kind='hidden'; received 'top_k'",
+        ),
+        ({'control__terms__ce__on': 'student'}, "cross_entropy on='student' needs a rollout"),
+        (EMA | {'teacher__checkpoint': 'x'}, "source='ema' and checkpoint='x'"),
+        (EMA | {'targets__kind': 'top_k'}, "teacher.source='ema' changes with every update"),
+        (EMA | UPCYCLED, 'needs a teacher that is there before the student'),
+        ({'teacher__ema_decay': 1.0}, r'teacher.ema_decay must be in [0, 1); received 1.0'),
         ({'targets__path': 'x'}, 'targets.path and targets.steps need targets.cached=True'),
         ({'targets__kind': 'top_k', 'targets__k': 0}, 'targets.k must be at least 1'),
         ({'targets__temperature': 2.0}, "targets.temperature must be 1 for kind='hidden'"),
