@@ -1,6 +1,7 @@
 """Distillation in JAX: targets, divergences, objectives and the fused loss."""
 
 from distill.cache import CachedTargets, TargetsWriter
+from distill.config import RolloutConfig
 from distill.cross_tokenizer import SpanLoss, span_log_probs, span_loss
 from distill.divergences import (
     adaptive_kl,
@@ -29,9 +30,12 @@ from distill.divergences import (
     total_variation_per_token,
 )
 from distill.estimators import SampledEstimator, TopKEstimator
+from distill.exposure import exposure
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
 from distill.provenance import Provenance
+from distill.returns import normalized_returns
+from distill.rollout import Rollout, roll_out
 from distill.schedules import Schedule
 from distill.spans import SpanAlignment, match_vocabularies, shared_spans
 from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher
@@ -54,6 +58,8 @@ __all__ = [
     'Objective',
     'OnlineTeacher',
     'Provenance',
+    'Rollout',
+    'RolloutConfig',
     'SampledEstimator',
     'SampledTargets',
     'Schedule',
@@ -70,6 +76,7 @@ __all__ = [
     'alpha_divergence_per_token',
     'cross_entropy',
     'cross_entropy_per_token',
+    'exposure',
     'forward_kl',
     'forward_kl_per_token',
     'fused_distillation_loss',
@@ -80,10 +87,12 @@ __all__ = [
     'jsd',
     'jsd_per_token',
     'match_vocabularies',
+    'normalized_returns',
     'ranking',
     'ranking_per_token',
     'reverse_kl',
     'reverse_kl_per_token',
+    'roll_out',
     'shared_spans',
     'skew_forward_kl',
     'skew_forward_kl_per_token',
