@@ -101,9 +101,8 @@ def roll_out(
     for number, author in authors.items():
         chosen = writers == number
         if number == STUDENT and replay is not None:
-            new, replay, old = _replayed(
-                rollout, author, prompts, chosen, keys[number], (again, step, replay)
-            )
+            past = _Past(again, jnp.asarray(step, jnp.int32), replay)
+            new, replay, old = _replayed(rollout, author, prompts, chosen, keys[number], past)
             pairs['replayed'] = _share(chosen & old, chosen)
         else:
             new = complete(rollout, author, prompts, chosen, keys[number])
