@@ -30,7 +30,6 @@ from distill.divergences import (
     total_variation_per_token,
 )
 from distill.estimators import SampledEstimator, TopKEstimator
-from distill.exposure import exposure
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
 from distill.provenance import Provenance
@@ -76,7 +75,6 @@ __all__ = [
     'alpha_divergence_per_token',
     'cross_entropy',
     'cross_entropy_per_token',
-    'exposure',
     'forward_kl',
     'forward_kl_per_token',
     'fused_distillation_loss',
