@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import Activation, Dispatch
 from moe.expert_mlp import ExpertBiases, weighted_hidden
 from moe.few_tokens import FEW_TOKENS, chosen_experts
-from moe.grouped_matmul import grouped_matmul
+from moe.grouped_mlp import grouped_mlp
 
 
 @flax.struct.dataclass
@@ -132,46 +132,6 @@ def slot_plan(
     row = jnp.where((expert < num_experts) & (rank < capacity), row, source.size)
     dropped = jnp.maximum(sizes - capacity, 0).sum().astype(jnp.float32)
     return Plan(source, row.reshape(-1, k)), dropped
-
-
-def grouped_mlp(
-    rows: Float[Array, 'M D'],
-    weights: Float[Array, 'M 1'],
-    gate_up: Float[Array, 'E D 2 F'],
-    down: Float[Array, 'E F D'],
-    group_sizes: Int[Array, 'E'],
-    activation: Activation,
-    biases: ExpertBiases | None = None,
-) -> Float[Array, 'M D']:
-    """Computes each row's expert, times the row's weight.
-
-    The weight multiplies the hidden activations: linear, so the same, and its gradient needs no
-    expert output.
-
-    Args:
-        rows: sorted by expert.
-        weights: of each row.
-        gate_up: gate (index 0) and up projections.
-        down: down projections.
-        group_sizes: rows of each expert.
-        activation: of the gate.
-        biases: of the projections; None for none.
-
-    Returns:
-        Weighted expert outputs; zero for rows past the last group.
-    """
-    num_experts, dim = gate_up.shape[:2]
-    both = grouped_matmul(rows, gate_up.reshape(num_experts, dim, -1), group_sizes)
-    if biases is None:
-        return grouped_matmul(weighted_hidden(both, weights, activation), down, group_sizes)
-    # A grouped product with one column: its transpose sums each group, where that of a gather of
-    # the groups' biases would be a scatter-add.
-    column = weights.astype(rows.dtype)
-    both += grouped_matmul(
-        jnp.ones_like(column), biases.gate_up.reshape(num_experts, 1, -1), group_sizes
-    )
-    out = grouped_matmul(weighted_hidden(both, weights, activation), down, group_sizes)
-    return out + grouped_matmul(column, biases.down[:, None], group_sizes)
 
 
 def slotted_mlp(

@@ -1,24 +1,16 @@
 """The grouped product: rows sorted by group, each multiplied by its group's matrix.
 
 On TPU and GPU it is `jax.lax.ragged_dot`. On CPU that expands to every group's product over all
-rows, so here a loop takes each group's rows in tiles. The tiles have several sizes, all in the
-program at once: whole large ones first, then the one that just holds the rest. A group of few rows
-thus wastes little, and rows need no padding between groups.
+rows, so here a loop takes each group's rows in tiles, see `moe.row_tiles`. The gradient of the
+matrices expands on TPU too, and has a kernel there.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
-TILE_STEP = 32
-LARGEST_TILE = 256
-
-Carry = Any
-# (carry, first row, tile size, which rows of the tile belong to the group) -> carry
-Tile = Callable[[Carry, Int[Array, ''], int, Bool[Array, 'rows 1']], Carry]
+from moe.row_tiles import over_tiles, put_rows, rows_at
+from moe.tpu_kernels import outer_products
 
 
 @jax.custom_vjp
@@ -37,9 +29,9 @@ def grouped_matmul(
         group_sizes: rows of each group, at least 0, with a sum of at most `N`.
 
     Returns:
-        Rows in the dtype of `lhs`, accumulated in float32.
+        Rows in the dtype of `lhs`, accumulated in float32 or wider.
     """
-    return jax.lax.platform_dependent(lhs, rhs, group_sizes, cpu=_tiled, default=_ragged)
+    return jax.lax.platform_dependent(lhs, rhs, group_sizes, cpu=_tiled, default=ragged)
 
 
 def _forward(lhs: Array, rhs: Array, group_sizes: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -48,110 +40,115 @@ def _forward(lhs: Array, rhs: Array, group_sizes: Array) -> tuple[Array, tuple[A
 
 def _backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, None]:
     lhs, rhs, group_sizes = residuals
-    d_lhs = grouped_matmul(cotangent, rhs.swapaxes(1, 2), group_sizes)
-    d_rhs = jax.lax.platform_dependent(
-        lhs, cotangent, group_sizes, cpu=_tiled_outer, default=_ragged_outer
+    d_lhs = jax.lax.platform_dependent(
+        cotangent, rhs, group_sizes, cpu=_tiled_transposed, default=ragged_transposed
     )
+    d_rhs = grouped_outer(lhs, cotangent, group_sizes)
     return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _ragged(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    out = jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)
+def accumulator(dtype: DTypeLike) -> DTypeLike:
+    """Returns the dtype that products of `dtype` are summed in: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def ragged(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool = False) -> Array:
+    """Computes the product by `ragged_dot`; where `transposed`, by each matrix's transpose."""
+    dimensions = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2 if transposed else 1,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    out = jax.lax.ragged_dot_general(
+        lhs, rhs, group_sizes, dimensions, preferred_element_type=accumulator(lhs.dtype)
+    )
     grouped = jnp.arange(lhs.shape[0]) < group_sizes.sum()
-    return jnp.where(grouped[:, None], out, 0.0).astype(lhs.dtype)
+    return jnp.where(grouped[:, None], out, 0).astype(lhs.dtype)
 
 
-def _ragged_outer(lhs: Array, cotangent: Array, group_sizes: Array) -> Array:
-    """Sums `lhs^T @ cotangent` over each group's rows -> [E, D, F] float32."""
+def ragged_transposed(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    """Multiplies each row by its group's transposed matrix: [N, F] x [E, D, F] -> [N, D]."""
+    return ragged(lhs, rhs, group_sizes, transposed=True)
+
+
+def grouped_outer(
+    lhs: Float[Array, 'N D'], rhs: Float[Array, 'N F'], group_sizes: Int[Array, 'E']
+) -> Float[Array, 'E D F']:
+    """Sums `lhs^T @ rhs` over each group's rows, in the accumulator's dtype; no gradient."""
+    return jax.lax.platform_dependent(
+        lhs, rhs, group_sizes, cpu=_tiled_outer, tpu=outer_products, default=ragged_outer
+    )
+
+
+def ragged_outer(lhs: Array, cotangent: Array, group_sizes: Array) -> Array:
+    """Sums `lhs^T @ cotangent` over each group's rows -> [E, D, F], as accumulated."""
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[],
     )
     out = jax.lax.ragged_dot_general(
-        lhs, cotangent, group_sizes, dimensions, preferred_element_type=jnp.float32
+        lhs, cotangent, group_sizes, dimensions, preferred_element_type=accumulator(lhs.dtype)
     )
-    return jnp.where((group_sizes > 0)[:, None, None], out, 0.0)
+    return jnp.where((group_sizes > 0)[:, None, None], out, 0)
 
 
-def _tiled(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    def visit(group: Array) -> Tile:
-        matrix = rhs[group]
+def _tiled(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool = False) -> Array:
+    product = dot_transposed if transposed else dot
 
-        def tile(out: Array, first: Array, size: int, valid: Array) -> Array:
-            rows = jax.lax.dynamic_slice_in_dim(lhs, first, size)
-            product = jnp.dot(rows, matrix, preferred_element_type=jnp.float32).astype(out.dtype)
-            kept = jax.lax.dynamic_slice_in_dim(out, first, size)
-            product = jnp.where(valid, product, kept)
-            return jax.lax.dynamic_update_slice_in_dim(out, product, first, 0)
+    def group(out: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
+        matrix, start, end = inputs
 
-        return tile
+        def tile(out: Array, first: Array, size: int, valid: Array, is_first: bool) -> Array:
+            return put_rows(out, product(rows_at(lhs, first, size), matrix), first, valid)
 
-    out = jnp.zeros_like(lhs, shape=(lhs.shape[0], rhs.shape[-1]))
-    return over_tiles(visit, out, group_sizes, lhs.shape[0])
+        bounds = {'start': start, 'end': end, 'num_rows': lhs.shape[0], 'num_groups': rhs.shape[0]}
+        return over_tiles(tile, out, **bounds), None
+
+    width = rhs.shape[1 if transposed else 2]
+    out = jnp.zeros_like(lhs, shape=(lhs.shape[0], width))
+    ends = jnp.cumsum(group_sizes)
+    return jax.lax.scan(group, out, (rhs, ends - group_sizes, ends))[0]
+
+
+def _tiled_transposed(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    return _tiled(lhs, rhs, group_sizes, transposed=True)
 
 
 def _tiled_outer(lhs: Array, cotangent: Array, group_sizes: Array) -> Array:
-    """Sums `lhs^T @ cotangent` over each group's rows -> [E, D, F] float32."""
+    num_rows, num_groups = lhs.shape[0], group_sizes.shape[0]
 
-    def visit(group: Array) -> Tile:
-        def tile(out: Array, first: Array, size: int, valid: Array) -> Array:
-            rows = jax.lax.dynamic_slice_in_dim(lhs, first, size)
-            by = jnp.where(valid, jax.lax.dynamic_slice_in_dim(cotangent, first, size), 0)
-            product = jnp.einsum('nd,nf->df', rows, by, preferred_element_type=jnp.float32)
-            return out.at[group].add(product)
+    def group(total: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        start, end = inputs
 
-        return tile
+        def tile(total: Array, first: Array, size: int, valid: Array, is_first: bool) -> Array:
+            by = jnp.where(valid, rows_at(cotangent, first, size), 0)
+            product = dot_rows(rows_at(lhs, first, size), by)
+            return product if is_first else total + product
 
-    shape = (group_sizes.shape[0], lhs.shape[1], cotangent.shape[1])
-    out = jnp.zeros_like(lhs, jnp.float32, shape)
-    return over_tiles(visit, out, group_sizes, lhs.shape[0])
+        bounds = {'start': start, 'end': end, 'num_rows': num_rows, 'num_groups': num_groups}
+        total = over_tiles(tile, total, **bounds)
+        return total, total
 
-
-def over_tiles(
-    visit: Callable[[Int[Array, '']], Tile],
-    carry: Carry,
-    group_sizes: Int[Array, 'E'],
-    num_rows: int,
-) -> Carry:
-    """Folds over the row tiles of every group.
-
-    Args:
-        visit: group -> tile function; what it computes from the group alone is computed once a
-            group.
-        carry: the initial value.
-        group_sizes: rows of each group, summing to at most `num_rows`.
-        num_rows: rows there are; a tile at the end is moved back to fit, and masked.
-
-    Returns:
-        The carry after the last tile.
-    """
-    step = min(TILE_STEP, num_rows)
-    sizes = [*range(step, min(LARGEST_TILE, num_rows), step), min(LARGEST_TILE, num_rows)]
+    # The first tile of each group overwrites what the group before left in the carry.
+    total = jnp.zeros_like(lhs, accumulator(lhs.dtype), (lhs.shape[1], cotangent.shape[1]))
     ends = jnp.cumsum(group_sizes)
+    return jax.lax.scan(group, total, (ends - group_sizes, ends))[1]
 
-    def group_body(group: Array, carry: Carry) -> Carry:
-        tile, end = visit(group), ends[group]
 
-        def while_rows(state: tuple[Array, Carry], size: int, fewest: int) -> tuple[Array, Carry]:
-            """Takes tiles of `size` rows while at least `fewest` rows are left."""
+def dot(rows: Float[Array, 'n D'], matrix: Float[Array, 'D F']) -> Float[Array, 'n F']:
+    """Multiplies rows by a matrix, in the accumulator's dtype."""
+    return jnp.dot(rows, matrix, preferred_element_type=accumulator(rows.dtype))
 
-            def body(state: tuple[Array, Carry]) -> tuple[Array, Carry]:
-                start, carry = state
-                first = jnp.minimum(start, num_rows - size)
-                row = first + jnp.arange(size)
-                valid = (row >= start) & (row < end)
-                return start + size, tile(carry, first, size, valid[:, None])
 
-            return jax.lax.while_loop(lambda state: end - state[0] >= fewest, body, state)
+def dot_transposed(rows: Float[Array, 'n F'], matrix: Float[Array, 'D F']) -> Float[Array, 'n D']:
+    """Multiplies rows by the transpose of a matrix, which is not copied."""
+    return jnp.einsum('nf,df->nd', rows, matrix, preferred_element_type=accumulator(rows.dtype))
 
-        state = (end - group_sizes[group], carry)
-        # A loop of at most one turn updates the carry in place, where a conditional would copy it.
-        for smaller, size in reversed(list(zip([0, *sizes], sizes, strict=False))):
-            state = while_rows(state, size, smaller + 1)
-        return state[1]
 
-    return jax.lax.fori_loop(0, group_sizes.shape[0], group_body, carry)
+def dot_rows(rows: Float[Array, 'n D'], by: Float[Array, 'n F']) -> Float[Array, 'D F']:
+    """Sums the outer products of rows."""
+    return jnp.einsum('nd,nf->df', rows, by, preferred_element_type=accumulator(rows.dtype))

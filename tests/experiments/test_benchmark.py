@@ -4,16 +4,20 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import benchmark, benchmark_decode, cli
+from experiments import benchmark, benchmark_decode, benchmark_moe, benchmark_peer, cli
 from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import loss_rows, memory_rows
+from experiments.benchmark_moe import moe_rows
 from experiments.benchmark_step import (
     Product,
     bare,
@@ -32,12 +36,9 @@ def check(row: benchmark.Row) -> None:
     assert set(row) == KEYS
     assert row['value'] > 0
     assert row['reference'] > 0
-    # More milliseconds are worse; the ratio of rates and of bytes is the plain share.
-    inverse = {'ms': True, 'GFLOP/s': False, 'GB': False, 'GB/s': False, 'token/s': False}[
-        row['unit']
-    ]
+    # More milliseconds are worse; all other ratios are the plain quotient.
     quotient = row['value'] / row['reference']
-    assert math.isclose(row['ratio'], 1 / quotient if inverse else quotient, rel_tol=1e-9)
+    assert math.isclose(row['ratio'], 1 / quotient if row['unit'] == 'ms' else quotient)
 
 
 def test_load_rows_measure_memory_and_rate() -> None:
@@ -51,12 +52,10 @@ def test_load_rows_measure_memory_and_rate() -> None:
 
 
 def test_moe_rows_measure_every_dispatch_against_the_mlp() -> None:
-    rows = list(
-        benchmark.moe_rows(experts=(4,), shapes=((2, 8), (8, 8)), tokens=16, width=8, repeats=1)
-    )
+    rows = list(moe_rows(experts=(4,), shapes=((2, 8), (8, 8)), tokens=16, width=8, repeats=1))
     # Eight of four experts cannot be chosen: that shape is passed over.
-    names = {f'moe/{dispatch}/E4_K2_F8' for dispatch in ('dense', 'capacity', 'grouped')}
-    assert {row['name'] for row in rows} == names
+    methods = ('dense', 'capacity', 'grouped', 'grouped_skewed')
+    assert {row['name'] for row in rows} == {f'moe/{method}/E4_K2_F8' for method in methods}
     assert len({row['reference'] for row in rows}) == 1
     for row in rows:
         assert row['unit'] == 'ms'
@@ -65,20 +64,82 @@ def test_moe_rows_measure_every_dispatch_against_the_mlp() -> None:
         check(row)
 
 
-def test_moe_rows_leave_out_an_oracle_that_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 16 tokens, 4 experts, gate and up of 8, 4 bytes each.
-    monkeypatch.setattr(benchmark, 'ORACLE_BYTES', 16 * 4 * 2 * 8 * 4 - 1)
+def test_skewed_tokens_lean_to_the_same_experts() -> None:
+    rows = list(moe_rows(experts=(8,), shapes=((2, 8),), tokens=256, width=16, repeats=1))
+    loads = {
+        row['name'].split('/')[1]: float(re.search(r'load ([\d.]+) times', row['conditions'])[1])
+        for row in rows
+    }
+    assert loads['grouped'] == loads['capacity'] < 2 < loads['grouped_skewed'] <= 4
+
+
+def fake_measurement(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Puts half a second in the place of every measurement; returns what would be timed."""
     timed = []
 
     def fake(functions: dict, *, repeats: int) -> dict[str, float]:
         timed.extend(functions)
         return dict.fromkeys(functions, 0.5)
 
-    monkeypatch.setattr(benchmark, 'interleaved_medians', fake)
-    monkeypatch.setattr(benchmark, '_training_step', lambda *_: None)
-    rows = list(benchmark.moe_rows(experts=(4,), shapes=((2, 8),), tokens=16, width=8))
-    assert timed == ['capacity', 'grouped', 'mlp']
-    assert [(row['value'], row['reference'], row['ratio']) for row in rows] == [(500, 500, 1)] * 2
+    monkeypatch.setattr(benchmark_moe, 'interleaved_medians', fake)
+    return timed
+
+
+def test_moe_rows_leave_out_what_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = fake_measurement(monkeypatch)
+    # 16 tokens, 4 experts, gate and up of 8, 4 bytes each.
+    monkeypatch.setattr(benchmark_moe, 'ORACLE_BYTES', 16 * 4 * 2 * 8 * 4 - 1)
+    # 4 experts of three matrices of 8 x 8, 4 bytes each.
+    monkeypatch.setattr(benchmark_moe, 'WEIGHT_BYTES', 4 * 3 * 8 * 8 * 4)
+    rows = list(moe_rows(experts=(4,), shapes=((2, 8), (2, 9)), tokens=16, width=8))
+    assert timed == ['capacity', 'grouped', 'grouped_skewed', 'mlp']
+    assert [(row['value'], row['reference'], row['ratio']) for row in rows] == [(500, 500, 1)] * 3
+
+
+def test_the_peer_is_the_same_layer_and_its_share_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip('torch', reason='the extra hf-test')
+    pytest.importorskip('transformers', reason='the extra hf-test')
+    monkeypatch.setattr(benchmark_moe, 'PEER_SHAPES', ((4, 2, 8),))
+    outputs = {}
+
+    def fake(functions: dict, *, repeats: int) -> dict[str, float]:
+        outputs.update({name: function() for name, function in functions.items()})
+        times = {'grouped': 0.5, 'mlp': 0.3, 'transformers': 0.5, 'torch_mlp': 0.2}
+        return {name: times.get(name, 1.0) for name in functions}
+
+    monkeypatch.setattr(benchmark_moe, 'interleaved_medians', fake)
+    rows = moe_rows(experts=(4,), shapes=((2, 8),), tokens=16, width=8, peer=True)
+    by_name = {row['name'].split('/')[1]: row for row in rows}
+    for row in by_name.values():
+        check(row)
+    assert math.isclose(by_name['transformers']['ratio'], 0.4)
+    quotient = by_name['grouped_to_transformers']
+    assert math.isclose(quotient['value'], 0.6)
+    assert math.isclose(quotient['ratio'], 1.5)
+    assert 'grouped_mm' in quotient['conditions']
+
+    # The sum of output times cotangent, then the gradient of the input: ours, and theirs.
+    loss, (_, d_x) = outputs['grouped']
+    y, their_d_x, *_ = outputs['transformers']
+    cotangent = torch.tensor(np.asarray(jax.random.normal(jax.random.key(2), d_x.shape)))
+    assert math.isclose(loss, (y * cotangent).sum().item(), rel_tol=1e-4)
+    np.testing.assert_allclose(d_x, their_d_x.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_without_the_other_library_its_rows_are_left_out_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark_peer, 'missing', lambda: ('torch',))
+    fake_measurement(monkeypatch)
+    argv = ('moe', '--experts=8', '--shapes=2x256', '--tokens=8', '--width=4')
+    assert launch(monkeypatch, *argv) == 0
+    out = capsys.readouterr().out
+    assert "transformers' experts are left out: torch not installed" in out
+    assert 'hf-test' in out
+    assert 'moe/grouped/E8_K2_F256' in out
+    assert 'moe/transformers' not in out
 
 
 def test_loss_rows_have_rates_and_memory() -> None:
@@ -197,11 +258,13 @@ def test_prints_and_writes_rows(
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        ((), 'name one of moe, loss, step, decode, load; received none'),
-        (('mo',), "name one of moe, loss, step, decode, load; received 'mo'"),
+        ((), 'name one of moe, tpu, loss, step, decode, load; received none'),
+        (('mo',), "name one of moe, tpu, loss, step, decode, load; received 'mo'"),
         (('moe', 'loss'), "'loss' is no flag"),
-        (('moe', '--experts=x'), '--experts must be whole numbers of at least 3'),
-        (('moe', '--experts=8,2'), "received '8,2'"),
+        (('moe', '--experts=x'), '--experts must be whole numbers of at least 2'),
+        (('moe', '--experts=8,1'), "received '8,1'"),
+        (('moe', '--shapes=2'), '--shapes must be pairs such as 2x1024'),
+        (('tpu', '--chips=v9'), '--chips must be among v5p, v6e'),
         (('loss', '--tokens=12'), '--tokens must be a multiple of 8; received 12'),
         (('loss', '--repeats=0'), 'repeats'),
         (('loss', '--speed=fast'), 'speed'),

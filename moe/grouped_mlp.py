@@ -1,0 +1,259 @@
+"""The experts' gated MLPs over rows sorted by expert, forward and backward as one.
+
+Of the hidden layer only the two projections before the activation are kept for the backward pass.
+On TPU and GPU each product is a grouped one. On CPU one loop over the experts computes the whole
+MLP of a tile, see `moe.row_tiles`: what lies between the products stays in the caches, and each
+expert's gradient is written once. Fresh memory is dear there: its pages cost more than their
+contents.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe.config import Activation
+from moe.grouped_matmul import (
+    accumulator,
+    dot,
+    dot_rows,
+    dot_transposed,
+    grouped_matmul,
+    grouped_outer,
+    ragged,
+    ragged_transposed,
+)
+from moe.layers import gated_activation
+from moe.row_tiles import over_tiles, put_rows, rows_at
+
+Gradients = tuple[Array, Array, Array, Array]
+
+
+class ExpertBiases(NamedTuple):
+    """What every expert adds after its projections.
+
+    Attributes:
+        gate_up: after the gate (index 0) and up projections.
+        down: after the down projection.
+    """
+
+    gate_up: Float[Array, 'E 2 F']
+    down: Float[Array, 'E D']
+
+
+def grouped_mlp(
+    rows: Float[Array, 'M D'],
+    weights: Float[Array, 'M 1'],
+    gate_up: Float[Array, 'E D 2 F'],
+    down: Float[Array, 'E F D'],
+    group_sizes: Int[Array, 'E'],
+    activation: Activation,
+    biases: ExpertBiases | None = None,
+) -> Float[Array, 'M D']:
+    """Computes each row's expert, times the row's weight.
+
+    The weight multiplies the hidden activations: linear, so the same, and its gradient needs no
+    expert output. Under `shard_map` all arrays must vary over the same mesh axes.
+
+    Args:
+        rows: sorted by expert.
+        weights: of each row.
+        gate_up: gate (index 0) and up projections.
+        down: down projections.
+        group_sizes: rows of each expert.
+        activation: of the gate.
+        biases: of the projections; None for none.
+
+    Returns:
+        Weighted expert outputs; zero for rows past the last group.
+    """
+    num_experts, dim = gate_up.shape[:2]
+    both = gate_up.reshape(num_experts, dim, -1)
+    if biases is None:
+        return _mlp(activation, rows, weights, both, down, group_sizes)
+    return _biased_mlp(activation, rows, weights, both, down, group_sizes, biases)
+
+
+def weighted_hidden(
+    both: Float[Array, '...'], weights: Float[Array, '...'], activation: Activation
+) -> Float[Array, '...']:
+    """Returns `weights * act(gate) * up`, multiplied in float32, in the dtype of `both`."""
+    gate, up = jnp.split(both.astype(accumulator(both.dtype)), 2, axis=-1)
+    return (weights * gated_activation(activation)(gate, up)).astype(both.dtype)
+
+
+def _biased_mlp(
+    activation: Activation,
+    rows: Array,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    biases: ExpertBiases,
+) -> Array:
+    # A grouped product with one column: its transpose sums each group, where that of a gather of
+    # the groups' biases would be a scatter-add.
+    column = weights.astype(rows.dtype)
+    both = grouped_matmul(rows, gate_up, group_sizes)
+    both += grouped_matmul(
+        jnp.ones_like(column), biases.gate_up.reshape(down.shape[0], 1, -1), group_sizes
+    )
+    out = grouped_matmul(weighted_hidden(both, weights, activation), down, group_sizes)
+    return out + grouped_matmul(column, biases.down[:, None], group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlp(activation: Activation, *operands: Array) -> Array:
+    """Computes the MLP of (rows, weights, gate_up [E, D, 2 F], down, group sizes)."""
+    return _forward(activation, *operands)[0]
+
+
+def _forward(activation: Activation, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
+    out, both = jax.lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(_looped, activation),
+        default=functools.partial(_ragged, activation),
+    )
+    return out, (*operands, both)
+
+
+def _backward(
+    activation: Activation, residuals: tuple[Array, ...], cotangent: Array
+) -> tuple[Array | None, ...]:
+    gradients = jax.lax.platform_dependent(
+        *residuals,
+        cotangent,
+        cpu=functools.partial(_looped_backward, activation),
+        default=functools.partial(_ragged_backward, activation),
+    )
+    return *(g.astype(of.dtype) for g, of in zip(gradients, residuals, strict=False)), None
+
+
+_mlp.defvjp(_forward, _backward)
+
+
+def _ragged(
+    activation: Activation,
+    rows: Array,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+) -> tuple[Array, Array]:
+    both = ragged(rows, gate_up, group_sizes)
+    return ragged(weighted_hidden(both, weights, activation), down, group_sizes), both
+
+
+def _ragged_backward(
+    activation: Activation,
+    rows: Array,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    both: Array,
+    cotangent: Array,
+) -> Gradients:
+    d_hidden = ragged_transposed(cotangent, down, group_sizes)
+    hidden, d_both, d_weights = _hidden_gradients(activation, both, weights, d_hidden)
+    return (
+        ragged_transposed(d_both, gate_up, group_sizes),
+        d_weights,
+        grouped_outer(rows, d_both, group_sizes),
+        grouped_outer(hidden, cotangent, group_sizes),
+    )
+
+
+def _hidden_gradients(
+    activation: Activation, both: Array, weights: Array, d_hidden: Array
+) -> tuple[Array, Array, Array]:
+    """Returns the hidden activations and the gradients of what they are computed from."""
+    compute = functools.partial(weighted_hidden, activation=activation)
+    hidden, vjp = jax.vjp(compute, both, weights)
+    return hidden, *vjp(d_hidden.astype(hidden.dtype))
+
+
+def _looped(
+    activation: Activation,
+    rows: Array,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+) -> tuple[Array, Array]:
+    num_rows, num_groups = rows.shape[0], group_sizes.shape[0]
+
+    def expert(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple, None]:
+        expert_gate_up, expert_down, start, end = inputs
+
+        def tile(
+            carry: tuple[Array, Array], first: Array, size: int, valid: Array, is_first: bool
+        ) -> tuple[Array, Array]:
+            out, both = carry
+            before = dot(rows_at(rows, first, size), expert_gate_up).astype(rows.dtype)
+            hidden = weighted_hidden(before, rows_at(weights, first, size), activation)
+            after = dot(hidden, expert_down)
+            return put_rows(out, after, first, valid), put_rows(both, before, first, valid)
+
+        bounds = {'start': start, 'end': end, 'num_rows': num_rows, 'num_groups': num_groups}
+        return over_tiles(tile, carry, **bounds), None
+
+    carry = (jnp.zeros_like(rows), jnp.zeros_like(rows, shape=(num_rows, gate_up.shape[2])))
+    ends = jnp.cumsum(group_sizes)
+    return jax.lax.scan(expert, carry, (gate_up, down, ends - group_sizes, ends))[0]
+
+
+def _looped_backward(
+    activation: Activation,
+    rows: Array,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    group_sizes: Array,
+    both: Array,
+    cotangent: Array,
+) -> Gradients:
+    num_rows, num_groups = rows.shape[0], group_sizes.shape[0]
+
+    def expert(carry: Gradients, inputs: tuple[Array, ...]) -> tuple[Gradients, tuple]:
+        expert_gate_up, expert_down, start, end = inputs
+
+        def tile(
+            carry: Gradients, first: Array, size: int, valid: Array, is_first: bool
+        ) -> Gradients:
+            d_rows, d_weights, d_gate_up, d_down = carry
+            # Rows of others are zero from here on, and so is all that they add to the sums below.
+            by = jnp.where(valid, rows_at(cotangent, first, size), 0)
+            hidden, d_both, d_row_weights = _hidden_gradients(
+                activation,
+                rows_at(both, first, size),
+                rows_at(weights, first, size),
+                dot_transposed(by, expert_down),
+            )
+            to_gate_up, to_down = dot_rows(rows_at(rows, first, size), d_both), dot_rows(hidden, by)
+            return (
+                put_rows(d_rows, dot_transposed(d_both, expert_gate_up), first, valid),
+                put_rows(d_weights, d_row_weights, first, valid),
+                to_gate_up if is_first else d_gate_up + to_gate_up,
+                to_down if is_first else d_down + to_down,
+            )
+
+        bounds = {'start': start, 'end': end, 'num_rows': num_rows, 'num_groups': num_groups}
+        carry = over_tiles(tile, carry, **bounds)
+        return carry, carry[2:]
+
+    # The first tile of each expert overwrites what the one before left in the last two.
+    wide = accumulator(rows.dtype)
+    carry = (
+        jnp.zeros_like(rows),
+        jnp.zeros_like(weights),
+        jnp.zeros_like(gate_up, wide, gate_up.shape[1:]),
+        jnp.zeros_like(down, wide, down.shape[1:]),
+    )
+    ends = jnp.cumsum(group_sizes)
+    (d_rows, d_weights, *_), (d_gate_up, d_down) = jax.lax.scan(
+        expert, carry, (gate_up, down, ends - group_sizes, ends)
+    )
+    return d_rows, d_weights, d_gate_up, d_down
