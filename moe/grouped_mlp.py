@@ -29,6 +29,7 @@ from moe.layers import gated_activation
 from moe.row_tiles import over_tiles, put_rows, rows_at
 
 Gradients = tuple[Array, Array, Array, Array]
+Kept = tuple[Array, Array | None]
 
 
 class ExpertBiases(NamedTuple):
@@ -107,15 +108,20 @@ def _biased_mlp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlp(activation: Activation, *operands: Array) -> Array:
     """Computes the MLP of (rows, weights, gate_up [E, D, 2 F], down, group sizes)."""
-    return _forward(activation, *operands)[0]
+    return _output(activation, False, *operands)[0]
 
 
-def _forward(activation: Activation, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
-    out, both = jax.lax.platform_dependent(
+def _output(activation: Activation, keep: bool, *operands: Array) -> tuple[Array, Array | None]:
+    """Returns the output, and where it is to be kept what the activation is computed from."""
+    return jax.lax.platform_dependent(
         *operands,
-        cpu=functools.partial(_looped, activation),
-        default=functools.partial(_ragged, activation),
+        cpu=functools.partial(_looped, activation, keep),
+        default=functools.partial(_ragged, activation, keep),
     )
+
+
+def _forward(activation: Activation, *operands: Array) -> tuple[Array, tuple[Array | None, ...]]:
+    out, both = _output(activation, True, *operands)
     return out, (*operands, both)
 
 
@@ -136,14 +142,16 @@ _mlp.defvjp(_forward, _backward)
 
 def _ragged(
     activation: Activation,
+    keep: bool,
     rows: Array,
     weights: Array,
     gate_up: Array,
     down: Array,
     group_sizes: Array,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     both = ragged(rows, gate_up, group_sizes)
-    return ragged(weighted_hidden(both, weights, activation), down, group_sizes), both
+    out = ragged(weighted_hidden(both, weights, activation), down, group_sizes)
+    return out, both if keep else None
 
 
 def _ragged_backward(
@@ -177,30 +185,31 @@ def _hidden_gradients(
 
 def _looped(
     activation: Activation,
+    keep: bool,
     rows: Array,
     weights: Array,
     gate_up: Array,
     down: Array,
     group_sizes: Array,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     num_rows, num_groups = rows.shape[0], group_sizes.shape[0]
 
-    def expert(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple, None]:
+    def expert(carry: Kept, inputs: tuple[Array, ...]) -> tuple[Kept, None]:
         expert_gate_up, expert_down, start, end = inputs
 
-        def tile(
-            carry: tuple[Array, Array], first: Array, size: int, valid: Array, is_first: bool
-        ) -> tuple[Array, Array]:
+        def tile(carry: Kept, first: Array, size: int, valid: Array, is_first: bool) -> Kept:
             out, both = carry
             before = dot(rows_at(rows, first, size), expert_gate_up).astype(rows.dtype)
             hidden = weighted_hidden(before, rows_at(weights, first, size), activation)
             after = dot(hidden, expert_down)
-            return put_rows(out, after, first, valid), put_rows(both, before, first, valid)
+            both = None if both is None else put_rows(both, before, first, valid)
+            return put_rows(out, after, first, valid), both
 
         bounds = {'start': start, 'end': end, 'num_rows': num_rows, 'num_groups': num_groups}
         return over_tiles(tile, carry, **bounds), None
 
-    carry = (jnp.zeros_like(rows), jnp.zeros_like(rows, shape=(num_rows, gate_up.shape[2])))
+    both = jnp.zeros_like(rows, shape=(num_rows, gate_up.shape[2])) if keep else None
+    carry = (jnp.zeros_like(rows), both)
     ends = jnp.cumsum(group_sizes)
     return jax.lax.scan(expert, carry, (gate_up, down, ends - group_sizes, ends))[0]
 
