@@ -3,6 +3,7 @@
 Both are in the extra `hf-test`, and imported where they are used.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -17,11 +18,14 @@ def missing() -> tuple[str, ...]:
     return tuple(name for name in ('torch', 'transformers') if not importlib.util.find_spec(name))
 
 
+def _modules() -> tuple[Any, Any]:
+    """Imports what may not be installed."""
+    return importlib.import_module('torch'), importlib.import_module('transformers')
+
+
 def conditions() -> str:
     """Says what is measured, with versions."""
-    import torch
-    import transformers
-
+    torch, transformers = _modules()
     return (
         f"transformers {transformers.__version__} Qwen3MoeSparseMoeBlock, 'grouped_mm' experts, "
         f'torch {torch.__version__}, {torch.get_num_threads()} threads'
@@ -42,8 +46,7 @@ def steps(params: Mapping[str, Any], x: jax.Array, k: int) -> dict[str, Callable
         'transformers' and 'torch_mlp': functions that compute the output, and the gradients of the
         input and of every parameter, as a list.
     """
-    import torch
-
+    torch, _ = _modules()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     _, hidden, dim = params['down'].shape
     block = _block(params, k)
@@ -55,8 +58,7 @@ def steps(params: Mapping[str, Any], x: jax.Array, k: int) -> dict[str, Callable
 
 
 def _step(module: Any, x: Any, cotangent: Any) -> Callable[[], list[Any]]:
-    import torch
-
+    torch, _ = _modules()
     x = x.clone().requires_grad_()
     parameters = list(module.parameters())
 
@@ -69,12 +71,10 @@ def _step(module: Any, x: Any, cotangent: Any) -> Callable[[], list[Any]]:
 
 def _block(params: Mapping[str, Any], k: int) -> Any:
     """Builds the MoE block with our weights: [E, D, 2, F] becomes [E, 2 F, D], down [E, D, F]."""
-    import torch
-    from transformers import Qwen3MoeConfig
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-
+    torch, transformers = _modules()
+    modeling = importlib.import_module('transformers.models.qwen3_moe.modeling_qwen3_moe')
     experts, hidden, dim = params['down'].shape
-    config = Qwen3MoeConfig(
+    config = transformers.Qwen3MoeConfig(
         hidden_size=dim,
         moe_intermediate_size=hidden,
         num_experts=experts,
@@ -83,7 +83,7 @@ def _block(params: Mapping[str, Any], k: int) -> Any:
         hidden_act='silu',
     )
     config._experts_implementation = 'grouped_mm'
-    block = Qwen3MoeSparseMoeBlock(config)
+    block = modeling.Qwen3MoeSparseMoeBlock(config)
     gate_up = np.asarray(params['gate_up']).reshape(experts, dim, -1)
     values = {
         'gate.weight': np.asarray(params['router']['kernel']).T,
@@ -96,7 +96,7 @@ def _block(params: Mapping[str, Any], k: int) -> Any:
 
 
 def _gated_mlp(dim: int, hidden: int) -> Any:
-    import torch
+    torch, _ = _modules()
 
     class GatedMLP(torch.nn.Module):
         def __init__(self) -> None:
