@@ -78,8 +78,10 @@ def grouped_outer(
     lhs: Float[Array, 'N D'], rhs: Float[Array, 'N F'], group_sizes: Int[Array, 'E']
 ) -> Float[Array, 'E D F']:
     """Sums `lhs^T @ rhs` over each group's rows, in the accumulator's dtype; no gradient."""
+    # TPUs have no float64.
+    on_tpu = ragged_outer if lhs.dtype == jnp.float64 else outer_products
     return jax.lax.platform_dependent(
-        lhs, rhs, group_sizes, cpu=_tiled_outer, tpu=outer_products, default=ragged_outer
+        lhs, rhs, group_sizes, cpu=_tiled_outer, tpu=on_tpu, default=ragged_outer
     )
 
 

@@ -62,11 +62,12 @@ def over_tiles(
     sizes = tile_sizes(num_rows, num_groups)
     rows = end - start
     whole = jnp.maximum(rows - 1, 0) // sizes[-1] * sizes[-1]
+    rest = end - whole
 
-    def take(carry: Carry, start: Array, size: int, is_first: bool) -> Carry:
+    def take(carry: Carry, start: Array, stop: Array, size: int, is_first: bool) -> Carry:
         first = jnp.minimum(start, num_rows - size)
         row = first + jnp.arange(size)
-        valid = (row >= start) & (row < end)
+        valid = (row >= start) & (row < stop)
         return tile(carry, first, size, valid[:, None], is_first)
 
     # A loop of at most one turn updates the carry in place, where a conditional would copy it.
@@ -76,14 +77,17 @@ def over_tiles(
             lambda state, smaller=smaller, size=size: (smaller < state[0]) & (state[0] <= size),
             lambda state, size=size: (
                 jnp.full_like(state[0], -1),
-                take(state[1], start, size, True),
+                take(state[1], start, rest, size, True),
             ),
             state,
         )
     return jax.lax.while_loop(
         lambda state: state[0] < end,
-        lambda state: (state[0] + sizes[-1], take(state[1], state[0], sizes[-1], False)),
-        (end - whole, state[1]),
+        lambda state: (
+            state[0] + sizes[-1],
+            take(state[1], state[0], end, sizes[-1], False),
+        ),
+        (rest, state[1]),
     )[1]
 
 
