@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Int
 
 SIZES = 16
 LARGEST_TILE = 512
+# Every size is compiled by itself: few rows have few of them.
+FEW_ROWS = 2048
 
 Carry = Any
 # (carry, first row, tile size, which rows of the tile are the group's, whether it is the group's
@@ -25,13 +27,15 @@ Tile = Callable[[Carry, Int[Array, ''], int, Bool[Array, 'rows 1'], bool], Carry
 def tile_sizes(num_rows: int, num_groups: int) -> list[int]:
     """Returns the sizes of tiles, in equal steps up to twice the mean load or `LARGEST_TILE`.
 
+    There are at most `SIZES`, in steps of at least 8 rows, and of 32 where rows are few.
+
     Args:
         num_rows: rows there are, at least 1; no tile is larger.
         num_groups: that they are divided into.
     """
     mean = -(-num_rows // num_groups)
     largest = min(num_rows, LARGEST_TILE, max(64, 2 * mean))
-    step = -(-largest // (4 * SIZES)) * 4
+    step = max(32 if num_rows < FEW_ROWS else 8, -(-largest // (4 * SIZES)) * 4)
     return [*range(step, largest, step), largest]
 
 
