@@ -24,6 +24,6 @@ class ExpertBiases(NamedTuple):
 def weighted_hidden(
     both: Float[Array, '...'], weights: Float[Array, '...'], activation: Activation
 ) -> Float[Array, '...']:
-    """Returns `weights * act(gate) * up`, multiplied in float32, in the dtype of `both`."""
-    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+    """Returns `weights * act(gate) * up`, in float32 or wider, in the dtype of `both`."""
+    gate, up = jnp.split(both.astype(jnp.promote_types(both.dtype, jnp.float32)), 2, axis=-1)
     return (weights * gated_activation(activation)(gate, up)).astype(both.dtype)

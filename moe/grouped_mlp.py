@@ -8,13 +8,13 @@ contents.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.config import Activation
+from moe.expert_mlp import ExpertBiases, weighted_hidden
 from moe.grouped_matmul import (
     accumulator,
     dot,
@@ -25,23 +25,10 @@ from moe.grouped_matmul import (
     ragged,
     ragged_transposed,
 )
-from moe.layers import gated_activation
 from moe.row_tiles import over_tiles, put_rows, rows_at
 
 Gradients = tuple[Array, Array, Array, Array]
 Kept = tuple[Array, Array | None]
-
-
-class ExpertBiases(NamedTuple):
-    """What every expert adds after its projections.
-
-    Attributes:
-        gate_up: after the gate (index 0) and up projections.
-        down: after the down projection.
-    """
-
-    gate_up: Float[Array, 'E 2 F']
-    down: Float[Array, 'E D']
 
 
 def grouped_mlp(
@@ -75,14 +62,6 @@ def grouped_mlp(
     if biases is None:
         return _mlp(activation, rows, weights, both, down, group_sizes)
     return _biased_mlp(activation, rows, weights, both, down, group_sizes, biases)
-
-
-def weighted_hidden(
-    both: Float[Array, '...'], weights: Float[Array, '...'], activation: Activation
-) -> Float[Array, '...']:
-    """Returns `weights * act(gate) * up`, multiplied in float32, in the dtype of `both`."""
-    gate, up = jnp.split(both.astype(accumulator(both.dtype)), 2, axis=-1)
-    return (weights * gated_activation(activation)(gate, up)).astype(both.dtype)
 
 
 def _biased_mlp(
