@@ -53,20 +53,19 @@ def _moe() -> Iterator[Row]:
             '--experts must be whole numbers of at least 2, with commas and no spaces; '
             f'received {",".join(_EXPERTS.value)!r}.'
         )
+    sizes = {
+        'experts': [int(text) for text in _EXPERTS.value],
+        'shapes': [_shape(text) for text in _SHAPES.value],
+        'tokens': _TOKENS.value,
+        'width': _WIDTH.value,
+    }
     absent = benchmark_peer.missing() if _PEER.value else ()
     if absent:
         print(
             f"transformers' experts are left out: {' and '.join(absent)} not installed. For them "
             "pip install -e '.[hf-test]'."
         )
-    return moe_rows(
-        experts=[int(text) for text in _EXPERTS.value],
-        shapes=[_shape(text) for text in _SHAPES.value],
-        tokens=_TOKENS.value,
-        width=_WIDTH.value,
-        repeats=_REPEATS.value,
-        peer=_PEER.value and not absent,
-    )
+    return moe_rows(**sizes, repeats=_REPEATS.value, peer=_PEER.value and not absent)
 
 
 def _shape(text: str) -> tuple[int, int]:
