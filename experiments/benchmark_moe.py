@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from experiments import benchmark_peer
 from experiments.hlo import check_not_expanded
 from experiments.timing import interleaved_medians
-from moe.config import MoEConfig, RouterConfig
+from moe.config import Dispatch, MoEConfig, RouterConfig
 from moe.experts import MoELayer
 from moe.layers import GatedMLP
 
@@ -114,7 +114,7 @@ def _layer_steps(
     variables = nn.unbox(layer.init(jax.random.key(1), x, mask))
     steps: dict[str, Step] = {}
     loads: dict[str, float] = {}
-    methods = ['capacity', 'grouped']
+    methods: list[Dispatch] = ['capacity', 'grouped']
     if tokens * experts * 2 * hidden * 4 <= ORACLE_BYTES:
         methods.insert(0, 'dense')
     balanced, uneven = (_largest_load(layer, variables, x, mask) for x in (x, skewed))
@@ -132,8 +132,12 @@ def _layer_steps(
 
 
 def _largest_load(layer: nn.Module, variables: Any, x: jax.Array, mask: jax.Array) -> float:
-    load = jax.jit(lambda variables, x: layer.apply(variables, x, mask)[1].load)(variables, x)
-    return float(load.max() / load.mean())
+    def load(variables: Any, x: jax.Array) -> jax.Array:
+        routed: Any = layer.apply(variables, x, mask)
+        return routed[1].load
+
+    loads = jax.jit(load)(variables, x)
+    return float(loads.max() / loads.mean())
 
 
 def _training_step(
