@@ -27,7 +27,7 @@ from moe.qk_clip import MAX_LOGITS, clip_heads, require_clippable
 from moe.routing import require_causal
 from moe.selection_bias import update_selection_bias
 from moe.transformer import Transformer, output_head
-from moe.types import ModelOutput, RouterOutput
+from moe.types import ModelOutput
 from moe.validation import require
 
 
@@ -386,12 +386,8 @@ def _forward(
     return (result[0], result[1][MAX_LOGITS]) if measured else (result, None)
 
 
-def _routers(output: ModelOutput) -> tuple[RouterOutput, ...]:
-    return sum((module.router for module in output.ahead), output.router)
-
-
 def _router_masks(output: ModelOutput, segment_ids: Array) -> list[Array]:
-    """Marks the tokens that each of `_routers` routed."""
+    """Marks the tokens that each of `ModelOutput.all_routers` routed."""
     masks = [segment_ids > 0] * len(output.router)
     for distance, module in enumerate(output.ahead, start=1):
         masks += [same_segment_ahead(segment_ids, distance)] * len(module.router)
@@ -399,7 +395,7 @@ def _router_masks(output: ModelOutput, segment_ids: Array) -> list[Array]:
 
 
 def _loads(output: ModelOutput) -> Float[Array, 'layers E']:
-    return jnp.stack([router.load for router in _routers(output)])
+    return jnp.stack([router.load for router in output.all_routers])
 
 
 def _loss(
@@ -441,7 +437,7 @@ def _loss(
     if model.config.moe is None:
         return loss, (_Totals(loss, pairs), max_logits)
     routers = router_loss(
-        _routers(output),
+        output.all_routers,
         _router_masks(output, batch.segment_ids),
         recipe.balance,
         score=model.config.moe.router.score,
@@ -452,7 +448,7 @@ def _loss(
         loss=loss,
         pairs=pairs | routers.pairs,
         load=_loads(output),
-        dropped=jnp.stack([router.dropped for router in _routers(output)]),
+        dropped=jnp.stack([router.dropped for router in output.all_routers]),
         confidence=routers.confidence,
     )
     return loss, (totals, max_logits)

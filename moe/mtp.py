@@ -70,6 +70,7 @@ class PredictionModule(nn.Module):
         context: AttentionContext,
         mask: Bool[Array, 'B T'],
         tokens: Int[Array, 'B T'],
+        replayed: Int[Array, 'B T K'] | None = None,
     ) -> tuple[Float[Array, 'B T D'], RouterOutput | None, LayerCache | None]:
         """Runs the module.
 
@@ -80,6 +81,7 @@ class PredictionModule(nn.Module):
             context: of its kind of attention.
             mask: False is not routed.
             tokens: the later tokens, for routers that choose by hash.
+            replayed: the experts of each token, from a record; None lets the router choose.
 
         Returns:
             The hidden states that the head multiplies, the router's output where there are experts,
@@ -100,5 +102,5 @@ class PredictionModule(nn.Module):
         )
         x = constrain(linear(joined, projection), ('batch', 'length', None), self.mesh)
         block = remat_block(config.remat, scanned=False)(config, self.kind, self.mesh, name='block')
-        x, router, cache = block(x, cache, context, mask, tokens, None)
+        x, router, cache = block(x, cache, context, mask, tokens, replayed)
         return norm_of(config, 'final_norm')(x), router, cache

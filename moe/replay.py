@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from moe.config import TransformerConfig
 from moe.errors import InputError
+from moe.stacking import module_kind
 from moe.types import RouterOutput
 
 Record = RouterOutput | Int[Array, 'B T K'] | np.ndarray
@@ -19,36 +20,43 @@ _FIELDS = tuple(RouterOutput.__dataclass_fields__)
 
 
 def recorded_ids(
-    config: TransformerConfig, replay: Replay, shape: tuple[int, ...]
-) -> list[Int[Array, 'B T K']]:
+    config: TransformerConfig, replay: Replay, shape: tuple[int, ...], *, modules: int = 0
+) -> tuple[list[Int[Array, 'B T K']], list[Int[Array, 'B T K']]]:
     """Takes the chosen experts out of a record, once it is sure that it is one of this model's.
 
     Args:
         config: of the model that replays.
-        replay: for each MoE layer, in order, its `RouterOutput` or the ids of it.
+        replay: for each MoE layer, in order, its `RouterOutput` or the ids of it; after them of
+            each module of multi-token prediction that has experts and is run.
         shape: (B, T) of the tokens that are routed.
+        modules: how many of them are run.
 
     Returns:
-        The ids of each MoE layer, int32.
+        The ids of each MoE layer, and of each module, int32.
 
     Raises:
         InputError: for a model without such ids, or a record of other layers, tokens or experts.
     """
     layers = sum(config.moe_layers)
+    if not module_kind(config).has_experts:
+        modules = 0
     if config.moe is None or config.moe.router.choice == 'soft':
         received = 'a dense model' if config.moe is None else "router.choice='soft'"
         raise InputError(
             f'replay needs routers that choose experts; received {received}. Leave replay out.'
         )
-    if len(replay) != layers:
+    if len(replay) != layers + modules:
+        also = f' and of the {modules} modules of multi-token prediction' if modules else ''
         raise InputError(
-            f'replay needs one record for each of the {layers} MoE layers; received {len(replay)}. '
-            'Pass ModelOutput.router of this model.'
+            f'replay needs one record for each of the {layers} MoE layers{also}; received '
+            f'{len(replay)}. Pass ModelOutput.all_routers of a pass of this model with the same '
+            'argument `mtp`.'
         )
     router = config.moe.router
     experts = router.num_experts
     columns = experts if router.choice == 'expert' else router.experts_per_token
-    return [_checked(i, record, (*shape, columns), experts) for i, record in enumerate(replay)]
+    ids = [_checked(i, record, (*shape, columns), experts) for i, record in enumerate(replay)]
+    return ids[:layers], ids[layers:]
 
 
 def _checked(number: int, record: Record, shape: tuple[int, ...], experts: int) -> Array:
@@ -82,11 +90,11 @@ def _check_values(where: str, ids: np.ndarray, experts: int) -> None:
 
 
 def save_routing(path: str | os.PathLike[str], routers: Sequence[RouterOutput]) -> None:
-    """Writes what every MoE layer's router decided, all fields, to one `.npz` file.
+    """Writes what every router decided, all fields, to one `.npz` file.
 
     Args:
         path: of the file, which is replaced where there is one; its name must end in `.npz`.
-        routers: `ModelOutput.router`, one or more.
+        routers: `ModelOutput.all_routers`, or `router`; one or more.
 
     Raises:
         InputError: for another ending, or for no routers.
@@ -110,7 +118,7 @@ def load_routing(path: str | os.PathLike[str]) -> tuple[RouterOutput, ...]:
         path: of the file.
 
     Returns:
-        One `RouterOutput` of NumPy arrays for each MoE layer, in order.
+        The `RouterOutput`s, of NumPy arrays, in order.
 
     Raises:
         InputError: where there is no such file, it holds something else, or ids that no router

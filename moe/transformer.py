@@ -84,14 +84,14 @@ class Transformer(nn.Module):
                 that are not padding.
             cache: of the tokens before these; it must have room for them.
             logits: whether to multiply by the head.
-            replay: of an earlier pass over these tokens its `ModelOutput.router`, or the
+            replay: of an earlier pass over these tokens its `ModelOutput.all_routers`, or the
                 `expert_ids` of each; None routes anew. Experts are those of the record, whatever
                 the routers would choose. Everything else is of this pass: weights are the recorded
                 experts' scores by the current logits, so that gradients reach the routers, load
                 and drops are counted again, and selection biases play no part. With the parameters
                 and inputs of the recorded pass that is the recorded routing, bit for bit.
             mtp: whether to run the multi-token-prediction modules too; not with a cache, where
-                `moe.predict_ahead` runs one of them. Their routers route anew under a `replay`.
+                `moe.predict_ahead` runs one of them. A `replay` is then of a pass that ran them.
 
         Where the collection `max_logits` is mutable, attention notes each head's largest logit in
         it, for `moe.qk_clip`. An rng named 'jitter' makes this a training pass: routers that have
@@ -124,7 +124,10 @@ class Transformer(nn.Module):
         x = embed_tokens(config, embedding, tokens, self.mesh)
         layers = self._scan_layers if config.scan_layers else self._unroll_layers
         caches = None if cache is None else cache.layers
-        replayed = None if replay is None else recorded_ids(config, replay, tokens.shape)
+        replayed = further_replayed = None
+        if replay is not None:
+            modules = config.mtp_depth if mtp else 0
+            replayed, further_replayed = recorded_ids(config, replay, tokens.shape, modules=modules)
         x, routers, caches = layers(x, caches, replayed, contexts, mask, tokens)
         if cache is not None:
             cache = dataclasses.replace(cache, layers=caches)
@@ -136,7 +139,9 @@ class Transformer(nn.Module):
         output = ModelOutput(hidden, None, routers, cache)
         if mtp or self.is_initializing():
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-            further = self._look_ahead(hidden, embedding, contexts, mask, tokens, segments)
+            further = self._look_ahead(
+                hidden, embedding, further_replayed, contexts, mask, tokens, segments
+            )
             output = dataclasses.replace(output, ahead=further)
         if not logits:
             return output
@@ -147,6 +152,7 @@ class Transformer(nn.Module):
         self,
         hidden: Array,
         embedding: Array,
+        replayed: Replayed,
         contexts: Contexts,
         mask: Array,
         tokens: Array,
@@ -165,7 +171,8 @@ class Transformer(nn.Module):
             embedded = embed_tokens(config, embedding, later, self.mesh)
             counted = mask & ahead(mask, distance) & same_segment_ahead(segment_ids, distance)
             module = PredictionModule(config, kind, self.mesh, name=name)
-            hidden, router, _ = module(hidden, embedded, None, context, counted, later)
+            ids = replayed[distance - 1] if replayed else None
+            hidden, router, _ = module(hidden, embedded, None, context, counted, later, ids)
             outputs.append(ModelOutput(hidden, None, () if router is None else (router,)))
         return tuple(outputs)
 

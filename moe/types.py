@@ -92,3 +92,8 @@ class ModelOutput:
     router: tuple[RouterOutput, ...]
     cache: KVCache | None = None
     ahead: tuple['ModelOutput', ...] = ()
+
+    @property
+    def all_routers(self) -> tuple[RouterOutput, ...]:
+        """Those of the MoE layers, and after them those of the modules: what `replay` takes."""
+        return self.router + tuple(router for module in self.ahead for router in module.router)

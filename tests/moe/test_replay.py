@@ -145,6 +145,63 @@ def test_remat_with_replay_has_the_routing_and_the_gradients_of_neither(scan_lay
     assert min(kernels) > 1e-6
 
 
+AHEAD = with_router('token', dispatch='grouped', mtp_depth=2)
+
+
+@functools.cache
+def forward_ahead(remat='none', mesh=None):
+    """Of the modules of multi-token prediction too."""
+    model = Transformer(dataclasses.replace(AHEAD, remat=remat), mesh)
+    apply = functools.partial(model.apply, segment_ids=SEGMENTS, mtp=True)
+    return jax.jit(lambda variables, replay: apply(variables, TOKENS, replay=replay))
+
+
+def test_modules_replay_what_they_chose_bit_for_bit():
+    variables = variables_of(AHEAD)
+    recorded = forward_ahead()(variables, None)
+    assert len(recorded.all_routers) == 4
+    assert_same_bits(recorded.all_routers[2:], [module.router[0] for module in recorded.ahead])
+    biased = reversed_bias(variables)
+    anew = forward_ahead()(biased, None)
+    for router, other in zip(recorded.all_routers, anew.all_routers, strict=True):
+        assert np.any(router.expert_ids != other.expert_ids)
+    replayed = forward_ahead()(biased, recorded.all_routers)
+    assert_same_bits(replayed.all_routers, recorded.all_routers)
+    for module, expected in zip(replayed.ahead, recorded.ahead, strict=True):
+        np.testing.assert_allclose(module.hidden, expected.hidden, rtol=1e-5, atol=1e-6)
+    # Each module replays the choices of the other, so that a mix-up would show.
+    swapped = [
+        router.expert_ids for router in recorded.all_routers[:2] + recorded.all_routers[:1:-1]
+    ]
+    crossed = forward_ahead('full')(biased, tuple(swapped))
+    assert_same_bits([router.expert_ids for router in crossed.all_routers], swapped)
+
+
+def test_modules_on_a_mesh_replay_what_one_device_recorded():
+    variables, mesh = variables_of(AHEAD), make_mesh(MeshConfig(data=2, expert=4))
+    recorded = forward_ahead()(variables, None)
+    placed = jax.device_put(
+        reversed_bias(variables), variable_shardings(Transformer(AHEAD, mesh), mesh)
+    )
+    ids = [router.expert_ids for router in recorded.all_routers]
+    rows = jax.device_put(ids, batch_sharding(mesh))
+    replayed = forward_ahead(mesh=mesh)(placed, tuple(rows))
+    for router, expected in zip(replayed.all_routers, recorded.all_routers, strict=True):
+        np.testing.assert_array_equal(router.expert_ids, expected.expert_ids)
+        np.testing.assert_array_equal(router.load, expected.load)
+        np.testing.assert_allclose(router.expert_weights, expected.expert_weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize(('mtp', 'records'), [(True, 2), (False, 4)])
+def test_a_record_of_a_pass_with_other_modules_is_refused(mtp, records):
+    layers = 'the 2 MoE layers and of the 2 modules' if mtp else 'the 2 MoE layers'
+    ids = (np.zeros((B, T, K), int),) * records
+    with pytest.raises(InputError, match=f'each of {layers}.*; received {records}'):
+        jax.eval_shape(
+            lambda: Transformer(AHEAD).apply(variables_of(AHEAD), TOKENS, replay=ids, mtp=mtp)
+        )
+
+
 @pytest.mark.parametrize('sizes', [dict(data=2, expert=4), dict(fsdp=2, expert=2, tensor=2)])
 def test_a_replay_on_a_mesh_is_that_on_one_device(sizes):
     config = with_router('token', dispatch='grouped')
