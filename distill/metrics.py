@@ -69,16 +69,21 @@ class JsonlWriter:
         partial.replace(path)
         self._file = path.open('a', encoding='utf-8')
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line, and flushes it."""
-        values = {name: float(value) for name, value in metrics.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({'step': int(step), **finite}, allow_nan=False) + '\n')
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Appends one line, and flushes it; texts are written as they are."""
+        values = {name: _as_json(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({'step': int(step), **values}, allow_nan=False) + '\n')
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _as_json(value: float | str) -> float | str | None:
+    if isinstance(value, str | int):
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill import pictures, quality_pictures, routing_pictures
+from distill import balance_pictures, pictures, quality_pictures, routing_pictures
+from distill.load_history import LoadHistory
 from distill.metrics import format_duration, format_quantity
 from distill.page import PAGE
 from distill.provenance import in_words
@@ -42,6 +43,7 @@ def write_report(
     *,
     expert_load: np.ndarray | None = None,
     routing: RoutingMaps | None = None,
+    load_history: LoadHistory | None = None,
     curve_keys: tuple[str, str] = ('step', 'cross_entropy'),
 ) -> Path:
     """Writes `summary.json`, `report.html` and `pictures/*.png` under the workdir.
@@ -56,6 +58,7 @@ def write_report(
         expert_load: the student's assignments to each expert on held-out text, `[MoE layers, E]`,
             in the order of `summary['experts']`.
         routing: counts of the student's routing on held-out text.
+        load_history: of the student's experts while it was trained.
         curve_keys: the keys of the curves' horizontal and vertical axes.
 
     Returns:
@@ -68,7 +71,11 @@ def write_report(
     workdir = Path(workdir)
     images = {
         name: pictures.png(figure)
-        for name, figure in _figures(summary, curves, expert_load, routing, curve_keys).items()
+        for name, figure in (
+            _figures(summary, curves, expert_load, curve_keys)
+            | _training_figures(summary, curves.get('student', ()), load_history)
+            | _routing_figures(routing)
+        ).items()
     }
     (workdir / 'pictures').mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
@@ -89,7 +96,6 @@ def _figures(
     summary: Summary,
     curves: Curves,
     load: np.ndarray | None,
-    routing: RoutingMaps | None,
     keys: tuple[str, str],
 ) -> dict[str, Figure]:
     """Makes the pictures that there are numbers for."""
@@ -104,10 +110,20 @@ def _figures(
     layers = [row['layer'] for row in summary.get('experts', ())]
     if load is not None and len(load):
         figures['expert_load'] = pictures.expert_load(load, layers or None)
-    student = curves.get('student', ())
-    if len(routing_pictures.over_steps(student, routing_pictures.BALANCE)[0]) > 1:
-        figures['balance_over_steps'] = routing_pictures.balance_over_steps(student, layers)
-    return figures | _routing_figures(routing)
+    return figures
+
+
+def _training_figures(
+    summary: Summary, student: Sequence[Mapping[str, Any]], history: LoadHistory | None
+) -> dict[str, Figure]:
+    """Makes those of the student's balance while it was trained, over two rows or more."""
+    figures = {}
+    layers = [row['layer'] for row in summary.get('experts', ())]
+    if len(balance_pictures.over_steps(student, balance_pictures.BALANCE)[0]) > 1:
+        figures['balance_over_steps'] = balance_pictures.balance_over_steps(student, layers)
+    if history is not None and len(history.steps) > 1:
+        figures['load_over_steps'] = balance_pictures.load_over_steps(history, layers)
+    return figures
 
 
 def _routing_figures(routing: RoutingMaps | None) -> dict[str, Figure]:
@@ -164,6 +180,9 @@ PICTURES = {
     'to an even share: 1 is balanced, 0 is an expert that is never used.',
     'balance_over_steps': "How far each router's busiest expert lay above the mean load while the "
     'student was trained, over the updates since the column before: 0 is balanced.',
+    'load_over_steps': 'How often each expert was chosen while the student was trained, relative '
+    'to an even share, over the updates since the column before: pale experts starve, dark ones '
+    'are crowded.',
     'experts_together': 'How often two experts were chosen by the same token of the held-out text, '
     'against what their loads alone would give. Teal pairs work together, brown ones avoid each '
     'other.',
@@ -253,7 +272,7 @@ def _quality(images: Mapping[str, bytes]) -> str:
 
 
 def _experts(summary: Summary, images: Mapping[str, bytes]) -> str:
-    maps = ('balance_over_steps', 'experts_together', 'experts_by_class')
+    maps = ('balance_over_steps', 'load_over_steps', 'experts_together', 'experts_by_class')
     pictures_of_routing = ''.join(_picture(images, name) for name in maps)
     return _picture(images, 'expert_load') + _expert_table(summary) + pictures_of_routing
 

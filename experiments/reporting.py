@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from distill import distributed
+from distill.load_history import LOAD_HISTORY, read_load_history
 from distill.report import write_report
 from distill.routing_maps import RoutingMaps
 from distill.tables import headline, terminal_table
@@ -48,6 +49,7 @@ def write_study_report(context: Context, *, teacher: dict[str, Any]) -> None:
         evaluation['samples'],
         expert_load=np.array(evaluation['load']),
         routing=RoutingMaps.load(maps) if maps.exists() else None,
+        load_history=read_load_history(context.workdir.path / 'student' / LOAD_HISTORY),
     )
     print(f'\n{terminal_table(summary)}\n\n{headline(summary)}\n')
     print(f'Report: {page}\n{_next_steps()}')

@@ -14,6 +14,7 @@ import numpy as np
 from distill import distributed
 from distill.checkpoint import CheckpointManager, complete_steps
 from distill.config import TrainConfig
+from distill.load_history import LOAD_HISTORY, encode_load
 from distill.metrics import JsonlWriter, Metrics, ProgressLine
 from distill.step import StepMetrics
 from distill.types import TrainState
@@ -31,7 +32,7 @@ class Watch:
 
     Args:
         stage: shown on the progress line.
-        folder: of `metrics.jsonl`.
+        folder: of `metrics.jsonl` and, with experts, `expert_load.jsonl`.
         manager: of the run's checkpoints.
         config: intervals.
         identity: written into every checkpoint.
@@ -64,11 +65,12 @@ class Watch:
         self._load: Any = None
         self._line = progress_line(stage, config.steps)
         self._line.say('compiling')
-        self._writer = (
-            JsonlWriter(folder / 'metrics.jsonl', restored_step=restored_step or None)
-            if distributed.is_writer()
-            else None
-        )
+        self._folder = folder
+        self._writer = self._jsonl('metrics.jsonl') if distributed.is_writer() else None
+        self._load_writer: JsonlWriter | None = None
+
+    def _jsonl(self, name: str) -> JsonlWriter:
+        return JsonlWriter(self._folder / name, restored_step=self._first_step or None)
 
     def __enter__(self) -> 'Watch':
         return self
@@ -77,8 +79,9 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._line.close()
-        if self._writer is not None:
-            self._writer.close()
+        for writer in (self._writer, self._load_writer):
+            if writer is not None:
+                writer.close()
 
     def seconds(self) -> float:
         """The wall time of the run so far, over all its sessions."""
@@ -99,7 +102,16 @@ class Watch:
         self._line.update(step, tokens=tokens, loss=means.get('loss'))
         if self._writer is not None:
             self._writer.write(step, means | _expert_metrics(metrics, self._load))
+            self._write_load(step)
         self._load = None
+
+    def _write_load(self, step: int) -> None:
+        """Writes each expert's load over the steps since a row, of a model that has some."""
+        if self._load is None:
+            return
+        if self._load_writer is None:
+            self._load_writer = self._jsonl(LOAD_HISTORY)
+        self._load_writer.write(step, encode_load(jax.device_get(self._load)))
 
     def save(self, state: TrainState, position: dict[str, Any], wait: bool) -> None:
         """Starts a checkpoint; returns when it is durable where `wait`."""

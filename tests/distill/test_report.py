@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distill import pictures
+from distill.load_history import LoadHistory
 from distill.report import render, write_report
 from distill.routing_maps import RoutingMaps
 
@@ -252,11 +253,19 @@ def test_routing_is_drawn_where_it_was_counted(tmp_path):
     together = RoutingMaps((1,), apart + 1, np.ones((1, 2, 2)), ('letters', 'digits'))
     drawn = []
     for name, routing in (('one', maps), ('two', together)):
-        page = write_report(tmp_path / name, MINIMAL, {'student': balance}, {}, routing=routing)
+        history = LoadHistory(np.array([10, 20]), np.ones((2, 1, 2), np.float32))
+        page = write_report(
+            tmp_path / name,
+            MINIMAL,
+            {'student': balance},
+            {},
+            routing=routing,
+            load_history=history,
+        )
         drawn.append({file.stem for file in (tmp_path / name / 'pictures').iterdir()})
         assert page.read_text().count('data:image/png') == len(drawn[-1])
     # With one expert a token there are no pairs to draw.
-    assert drawn[0] == {'balance_over_steps', 'experts_by_class'}
+    assert drawn[0] == {'balance_over_steps', 'load_over_steps', 'experts_by_class'}
     assert drawn[1] - drawn[0] == {'experts_together'}
 
 

@@ -202,26 +202,6 @@ def test_bars_divide_the_load_of_each_expert():
     assert [text.get_text() for text in legend.get_texts()] == ['letters', 'digits']
 
 
-def test_a_statistic_over_training_is_drawn_layer_by_layer():
-    key = routing_pictures.BALANCE
-    curve = [
-        {'step': 10, f'moe_0/{key}': 1.5, f'moe_1/{key}': 0.5},
-        {'step': 15, 'loss': 2.0},
-        {'step': 20, f'moe_0/{key}': None, f'moe_1/{key}': 0.25},
-        {'step': 40, f'moe_0/{key}': 0.0, f'moe_1/{key}': 0.125},
-    ]
-    steps, values = routing_pictures.over_steps(curve, key)
-    assert steps.tolist() == [10, 20, 40]
-    np.testing.assert_array_equal(values, [[1.5, np.nan, 0], [0.5, 0.25, 0.125]])
-    axes, bar = routing_pictures.balance_over_steps(curve, [3]).axes
-    drawn = axes.collections[0]
-    np.testing.assert_array_equal(np.ma.filled(drawn.get_array(), np.nan), values)
-    # Cells reach half way to their neighbours.
-    assert drawn.get_coordinates()[0, :, 0].tolist() == [5, 15, 30, 50]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ['3', 'MTP 1']
-    assert bar.get_ylabel() == 'MaxVio, 0 = balanced'
-
-
 def test_of_many_layers_some_are_shown():
     together = np.tile(MAPS.together[:1], (12, 1, 1))
     figure = routing_pictures.experts_together(together, range(1, 13))

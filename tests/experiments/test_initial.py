@@ -13,6 +13,7 @@ from launching import KILL, MESH, Launcher, assert_bitwise_equal, checkpoint_arr
 from tiny import get_config
 
 from distill.checkpoint import complete_steps
+from distill.load_history import LOAD_HISTORY, read_load_history
 from experiments.context import Context
 from experiments.initial import initial_variables, require_source, started_from
 from experiments.signals import StopSignal
@@ -171,6 +172,12 @@ def test_the_summary_says_how_student_and_control_started(upcycled: pathlib.Path
     assert len(start.pop('source_sha256')) == 64
     assert start == {'method': 'upcycle', 'source': 'teacher', 'options': {'noise': 0.05}}
     assert 'start from the teacher' in (upcycled / 'report.html').read_text()
+    history = read_load_history(upcycled / 'student' / LOAD_HISTORY)
+    rows = metric_rows(upcycled, 'student')
+    assert history.steps.tolist() == [row['step'] for row in rows]
+    violations = [[row['moe_0/max_violation_global']] for row in rows]
+    np.testing.assert_allclose(history.load.max(-1) - 1, violations, atol=2e-3)
+    assert (upcycled / 'pictures' / 'load_over_steps.png').exists()
     # From the same variables, on the same first batch: cross-entropies are equal.
     first = [metric_rows(upcycled, stage)[0]['cross_entropy'] for stage in ('student', 'control')]
     assert first[0] == pytest.approx(first[1], rel=1e-6)
@@ -190,6 +197,8 @@ def test_killed_before_its_first_checkpoint_it_starts_again_from_the_same(
         checkpoint_arrays(tmp_path, 'student'), checkpoint_arrays(upcycled, 'student')
     )
     assert metric_rows(tmp_path, 'student') == metric_rows(upcycled, 'student')
+    histories = [folder / 'student' / LOAD_HISTORY for folder in (tmp_path, upcycled)]
+    assert histories[0].read_text() == histories[1].read_text()
 
 
 def test_one_device_trains_to_the_same_parameters(
