@@ -134,13 +134,28 @@ def training(steps: int) -> ml_collections.ConfigDict:
     )
 
 
+def provenance() -> ml_collections.ConfigDict:
+    """Fields of distill.provenance.Provenance; nothing is declared."""
+    return ml_collections.ConfigDict(
+        dict(
+            name=config_dict.placeholder(str),
+            version=config_dict.placeholder(str),
+            licence=config_dict.placeholder(str),
+            permits_training=config_dict.placeholder(bool),  # whether its terms do
+        )
+    )
+
+
 def init() -> ml_collections.ConfigDict:
     """Fields of experiments.init_config.InitConfig; what is None stays at the method's default."""
     return ml_collections.ConfigDict(
         dict(
             method='random',  # or one of moe.surgery.METHODS
-            source='teacher',  # what those start from: the study's own, or 'checkpoint'
-            checkpoint=config_dict.placeholder(str),  # a stage's folder in another workdir
+            source='teacher',  # what those start from: the study's own, 'checkpoint' or 'hf'
+            # A stage's folder in another workdir, or with 'hf' a published model's, which 'copy'
+            # makes the student, its architecture too.
+            checkpoint=config_dict.placeholder(str),
+            provenance=provenance(),  # of a published model
             calibration_rows=32,  # of seq_len tokens of the train split
             noise=config_dict.placeholder(float),  # of 'upcycle', as are the next two
             router=config_dict.placeholder(str),  # 'drawn' or 'centroids'
@@ -218,12 +233,7 @@ def get_config() -> ml_collections.ConfigDict:
         # and tokenizer then count.
         checkpoint=config_dict.placeholder(str),
         dtype='float32',  # of the frozen teacher's parameters and activations
-        provenance=dict(  # of a teacher of one's own, what is not declared is known
-            name=config_dict.placeholder(str),
-            version=config_dict.placeholder(str),
-            licence=config_dict.placeholder(str),
-            permits_training=config_dict.placeholder(bool),  # whether its terms do, on its outputs
-        ),
+        provenance=provenance(),  # of a teacher of one's own, what is not declared is known
         model=model(),
         optimizer=optimizer(),
         train=training(steps=400),

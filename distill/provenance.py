@@ -6,6 +6,9 @@ from typing import Any
 
 from moe.errors import InputError
 
+ON_OUTPUTS = 'training on its outputs'
+FROM_WEIGHTS = 'training from its weights'
+
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
@@ -15,7 +18,8 @@ class Provenance:
         name: of the model.
         version: which of its weights: a release, a revision, a checksum.
         licence: of the model, or the terms that its outputs come under.
-        permits_training: whether these allow another model to be trained on its outputs.
+        permits_training: whether these allow another model to be trained on its outputs, or, of
+            one that a student starts from, to be made of its weights.
     """
 
     name: str | None = None
@@ -41,14 +45,26 @@ class Provenance:
         return Provenance(**fields)
 
 
-def require_permission(provenance: Provenance | Mapping[str, Any], teacher: str) -> None:
-    """Refuses a teacher that is not declared in full, or whose terms forbid training.
+# What a folder tells of itself; its terms are for the user to read and to declare.
+PUBLISHED = Provenance(name='a published model', version='its weights')
+
+
+def require_permission(
+    provenance: Provenance | Mapping[str, Any],
+    who: str,
+    *,
+    key: str = 'config.teacher.provenance',
+    use: str = ON_OUTPUTS,
+) -> None:
+    """Refuses a model that is not declared in full, or whose terms forbid what it is used for.
 
     Every remote teacher is checked with this before it is asked anything.
 
     Args:
         provenance: the declaration, or its fields.
-        teacher: what to call it in the message.
+        who: what to call it in the message.
+        key: of the config, where it is declared.
+        use: what the terms have to permit: `ON_OUTPUTS` of a teacher, `FROM_WEIGHTS` of a start.
 
     Raises:
         InputError: names what is not declared, or that its terms forbid it.
@@ -58,22 +74,20 @@ def require_permission(provenance: Provenance | Mapping[str, Any], teacher: str)
     missing = [name for name, value in vars(provenance).items() if value is None]
     if missing:
         raise InputError(
-            f'{teacher} must be declared: name, version, licence, and permits_training (whether '
-            f'its terms allow training on its outputs); {", ".join(missing)} missing. Read its '
-            'terms, and set config.teacher.provenance.'
+            f'{who} must be declared: name, version, licence, and permits_training (whether '
+            f'its terms allow {use}); {", ".join(missing)} missing. Read its terms, and set {key}.'
         )
     if not provenance.permits_training:
         raise InputError(
-            f'{teacher} ({provenance.name} {provenance.version}, {provenance.licence}) is declared '
-            'with permits_training=False: nothing may be trained on its outputs. Choose another '
-            'teacher.'
+            f'{who} ({provenance.name} {provenance.version}, {provenance.licence}) is declared '
+            f'with permits_training=False: its terms forbid {use}. Choose another.'
         )
 
 
-def in_words(provenance: Mapping[str, Any]) -> str:
-    """Renders a full declaration as a phrase."""
+def in_words(provenance: Mapping[str, Any], use: str = ON_OUTPUTS) -> str:
+    """Renders a full declaration as a phrase; `use` as in `require_permission`."""
     permits = 'permit' if provenance['permits_training'] else 'forbid'
     return (
         f'{provenance["name"]} {provenance["version"]}; licence: {provenance["licence"]}; its '
-        f'terms {permits} training on its outputs'
+        f'terms {permits} {use}'
     )

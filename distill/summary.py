@@ -180,7 +180,13 @@ _PROVENANCE = _record(
 _STAGE = _record({'seconds': _number}, {'steps': _count, 'tokens': _count})
 _START = _record(
     {'method': _text},
-    {'source': _text, 'source_sha256': _text, 'options': _object, 'calibration_tokens': _count},
+    {
+        'source': _text,
+        'source_sha256': _text,
+        'provenance': _PROVENANCE,
+        'options': _object,
+        'calibration_tokens': _count,
+    },
 )
 _SUMMARY = _record(
     {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distill.metrics import format_quantity
+from distill.provenance import FROM_WEIGHTS, in_words
 from distill.summary import METRICS, MODELS
 
 NOT_MEASURED = '-'
@@ -199,8 +200,11 @@ def student_start(summary: Summary) -> str:
     measured = start.get('calibration_tokens')
     if measured is not None:
         options.append(f'measured on {format_quantity(measured)} tokens of the train split')
+    source = start['source']
+    if 'provenance' in start:
+        source = f'{source} {in_words(start["provenance"], FROM_WEIGHTS)}'
     return (
-        f'Student and control start from the {start["source"]}, by {start["method"]!r}'
+        f'Student and control start from the {source}, by {start["method"]!r}'
         f'{" (" + ", ".join(options) + ")" if options else ""}.'
     )
 

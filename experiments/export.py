@@ -6,7 +6,9 @@ from typing import Any
 
 from distill import distributed
 from distill.pretrained_tokenizer import write_pretrained
+from distill.tables import student_start
 from experiments.context import Context
+from experiments.initial import started_from
 from moe.config import TransformerConfig
 from moe.convert import family_of, save_pretrained
 
@@ -63,6 +65,7 @@ def model_card(context: Context) -> str:
             '# A student distilled with Fractional',
             '',
             f'- Teacher: {_teacher(context)}.',
+            *_start(context),
             f'- Licence of the teacher: {licence or "not recorded"}. A student is bound by its '
             "teacher's licence and by that of the text.",
             f'- Recipe: {terms}; {train.steps} steps of {study.data.batch_size} rows of '
@@ -107,6 +110,11 @@ def _teacher(context: Context) -> str:
         return f'the average of its own parameters, of decay {teacher.ema_decay}'
     steps = teacher.train.steps
     return f'a model trained in the same study, on the same text, for {steps} steps'
+
+
+def _start(context: Context) -> list[str]:
+    start = started_from(context)
+    return [] if start['method'] == 'random' else [f'- {student_start({"student_start": start})}']
 
 
 def _comparison(comparison: dict[str, Any]) -> str:

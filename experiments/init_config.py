@@ -4,11 +4,13 @@ import dataclasses
 import os
 from typing import Any, Literal
 
+from distill.provenance import FROM_WEIGHTS, PUBLISHED, Provenance, require_permission
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
 from moe.surgery import METHODS, method_options, needs_calibration, require_reachable
 
 _OPTIONS = ('noise', 'router', 'router_std', 'by', 'similarity')
+_SOURCES = {'teacher': 'teacher', 'checkpoint': 'checkpoint', 'hf': 'published model'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +19,13 @@ class InitConfig:
 
     Attributes:
         method: 'random', or a key of `moe.surgery.METHODS`.
-        source: what the other methods start from: 'teacher', the study's own, or 'checkpoint'.
-        checkpoint: the folder of a trained stage, with source='checkpoint'; `~` is the home folder.
+        source: what the other methods start from: 'teacher', the study's own, 'checkpoint' or 'hf'.
+        checkpoint: the folder of a trained stage, with source='checkpoint', or, with 'hf', of a
+            published model, as `transformers` saves it; `~` is the home folder. To 'copy' the
+            latter makes the student what it is, whatever config.student.model says of it; how it
+            is run (dispatch, remat, dtypes, modules of multi-token prediction) the config says.
+        provenance: of a published model its licence, and whether that permits training from its
+            weights; name and version are known where they are not declared.
         calibration_rows: of `data.seq_len` tokens of the train split, on which a method measures
             the source.
         noise: option of 'upcycle', as is `router_std`; None leaves an option at its default.
@@ -29,8 +36,9 @@ class InitConfig:
     """
 
     method: str
-    source: Literal['teacher', 'checkpoint']
+    source: Literal['teacher', 'checkpoint', 'hf']
     checkpoint: str | None
+    provenance: Provenance
     calibration_rows: int
     noise: float | None
     router: Literal['drawn', 'centroids'] | None
@@ -48,16 +56,17 @@ class InitConfig:
         require(
             self.calibration_rows > 0, 'init.calibration_rows', 'positive', self.calibration_rows
         )
-        if (self.source == 'checkpoint') != (self.checkpoint is not None):
+        if (self.source == 'teacher') != (self.checkpoint is None):
             raise InputError(
-                "init.checkpoint is a trained stage's folder and goes with source='checkpoint'; "
-                f'received source={self.source!r} and checkpoint={self.checkpoint!r}.'
+                "init.checkpoint is a trained stage's folder and goes with source='checkpoint', or "
+                f"a published model's and goes with source='hf'; received source={self.source!r} "
+                f'and checkpoint={self.checkpoint!r}.'
             )
         if self.checkpoint is not None:
             object.__setattr__(self, 'checkpoint', os.path.expanduser(self.checkpoint))
         known = [] if self.is_random else list(method_options(self.method))
         unknown = [name for name in self.options if name not in known]
-        if self.is_random and self.source == 'checkpoint':
+        if self.is_random and self.checkpoint is not None:
             unknown.append('checkpoint')
         if unknown:
             raise InputError(
@@ -65,11 +74,32 @@ class InitConfig:
                 f'{", ".join(known) or "no options"}. Leave init.{unknown[0]} at None, or choose '
                 'another method.'
             )
+        self._require_declared()
+
+    def _require_declared(self) -> None:
+        """Requires of a published model what its folder cannot tell, and of no other anything."""
+        if self.source == 'hf':
+            require_permission(
+                self.provenance.filled(PUBLISHED),
+                "The student's start",
+                key='config.student.init.provenance',
+                use=FROM_WEIGHTS,
+            )
+        elif self.provenance != Provenance():
+            raise InputError(
+                "init.provenance declares a published model and goes with source='hf'; received "
+                f'{self.provenance} with source={self.source!r}. Leave it out.'
+            )
 
     @property
     def is_random(self) -> bool:
         """Whether nothing is started from."""
         return self.method == 'random'
+
+    @property
+    def source_in_words(self) -> str:
+        """What is started from."""
+        return _SOURCES[self.source]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -94,5 +124,5 @@ class InitConfig:
         except InputError as error:
             raise InputError(
                 f'config.student.init.method={self.method!r} cannot make config.student.model of '
-                f'its source, the {self.source}. {error}'
+                f'its source, the {self.source_in_words}. {error}'
             ) from error

@@ -9,11 +9,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from distill.checkpoint import read_metadata
+from distill.pretrained_tokenizer import PretrainedTokenizer
+from distill.provenance import Provenance
 from experiments.build import build
 from experiments.context import Context
+from experiments.init_config import InitConfig
 from experiments.seen import refuse_seen
 from experiments.training import load_model, model_sha256
 from moe.config import TransformerConfig
+from moe.convert import folder_sha256, load_pretrained, pretrained_config
 from moe.errors import InputError
 from moe.sharding import init_sharded, variable_shardings
 from moe.surgery import Calibration, initialise
@@ -21,10 +25,30 @@ from moe.surgery import Calibration, initialise
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A trained model: its config, and the folder where its variables are."""
+    """A trained model: its config, the folder that it is in, and whether others published it."""
 
     config: TransformerConfig
     folder: pathlib.Path
+    published: bool = False
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights."""
+        return folder_sha256(self.folder) if self.published else model_sha256(self.folder / 'model')
+
+    def tokenizer(self) -> str:
+        """The fingerprint of the tokenizer that it was trained with."""
+        if self.published:
+            return PretrainedTokenizer(self.folder).fingerprint
+        return read_metadata(self.folder / 'model').metadata['identity']['tokenizer']
+
+    def load(self, context: Context) -> Any:
+        """Its variables, each on the devices of the study that hold it."""
+        if self.published:
+            dtype = self.config.param_dtype
+            return load_pretrained(self.folder, mesh=context.mesh, dtype=dtype)[1]
+        model, identity = context.model(self.config), context.identity(self.config)
+        return load_model(self.folder / 'model', model, context.mesh, identity)
 
 
 def require_source(context: Context) -> None:
@@ -37,13 +61,14 @@ def require_source(context: Context) -> None:
     init = context.study.student.init
     if init.checkpoint is None:
         return
-    folder = pathlib.Path(init.checkpoint)
-    refuse_seen(folder, context.split[1], key='config.student.init.checkpoint')
+    if init.source == 'checkpoint':
+        folder = pathlib.Path(init.checkpoint)
+        refuse_seen(folder, context.split[1], key='config.student.init.checkpoint')
     source = _source(context)
-    saved = read_metadata(folder / 'model').metadata['identity']['tokenizer']
+    saved = source.tokenizer()
     if saved != context.tokenizer.fingerprint:
         raise InputError(
-            f'config.student.init.checkpoint={folder} must have the tokenizer of the study, '
+            f'config.student.init.checkpoint={source.folder} must have the tokenizer of the study, '
             f'{context.tokenizer.fingerprint}; it has {saved}. Start from a model of the same '
             'tokenizer, such as the teacher.'
         )
@@ -66,13 +91,7 @@ def initial_variables(context: Context, key: jax.Array) -> Any:
     if init.is_random:
         return init_sharded(model, key, context.mesh)
     source = _source(context)
-    variables = load_model(
-        source.folder / 'model',
-        context.model(source.config),
-        context.mesh,
-        context.identity(source.config),
-    )
-    variables = jax.tree.map(_on_host, variables)
+    variables = jax.tree.map(_on_host, source.load(context))
     batch = context.training_rows(init.calibration_rows) if init.calibrates else None
     host = _host()
     with jax.default_device(host):
@@ -94,21 +113,32 @@ def started_from(context: Context) -> dict[str, Any]:
     if init.is_random:
         return {'method': 'random'}
     size = init.calibration_rows * context.study.data.seq_len
+    source = _source(context)
     return {
         'method': init.method,
-        'source': init.source,
-        'source_sha256': model_sha256(_source(context).folder / 'model'),
+        'source': init.source_in_words,
+        'source_sha256': source.sha256,
+        **({'provenance': _declared(init, source)} if init.source == 'hf' else {}),
         **({'options': init.options} if init.options else {}),
         **({'calibration_tokens': size} if init.calibrates else {}),
     }
 
 
+def _declared(init: InitConfig, source: Source) -> dict[str, Any]:
+    """What is declared of a published model, and known."""
+    known = Provenance(name=source.folder.name, version=source.sha256[:16])
+    return dataclasses.asdict(init.provenance.filled(known))
+
+
 def _source(context: Context) -> Source:
     """Finds the model to start from: a new kind of source is a branch here."""
-    checkpoint = context.study.student.init.checkpoint
-    if checkpoint is None:
-        return Source(context.study.teacher.model, context.teacher_folder)
-    folder = pathlib.Path(checkpoint)
+    student, teacher = context.study.student, context.study.teacher
+    init = student.init
+    if init.checkpoint is None:
+        return Source(teacher.model, context.teacher_folder, published=teacher.source == 'hf')
+    folder = pathlib.Path(init.checkpoint)
+    if init.source == 'hf':
+        return Source(pretrained_config(folder, student.model.param_dtype), folder, published=True)
     return Source(_saved_config(folder / 'model'), folder)
 
 

@@ -14,7 +14,7 @@ from distill.mtp_loss import require_weight
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, learning_rate_schedule
 from distill.pairs import require_sound
-from distill.provenance import Provenance, require_permission
+from distill.provenance import PUBLISHED, Provenance, require_permission
 from distill.schedules import Schedule
 from distill.tokenizer import ByteTokenizer
 from distill.writers import require_writers
@@ -25,6 +25,7 @@ from moe.convert import pretrained_config
 from moe.errors import InputError
 from moe.routing import require_causal
 from moe.sharding import MeshConfig
+from moe.surgery import EXECUTION, MODULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,6 @@ class TextConfig:
 
 
 OWN_TEACHER = Provenance('trained in this study', 'its weights', "its owner's", True)
-# What a folder tells of itself; its terms are for the user to read and to declare.
-PUBLISHED_TEACHER = Provenance(name='a published model', version='its weights')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ class TeacherConfig:
                 f'source={self.source!r} and checkpoint={self.checkpoint!r}.'
             )
         # One's own is declared by where it comes from; what is declared besides must allow it.
-        known = PUBLISHED_TEACHER if self.source == 'hf' else OWN_TEACHER
+        known = PUBLISHED if self.source == 'hf' else OWN_TEACHER
         require_permission(self.provenance.filled(known), 'The teacher')
         if self.checkpoint is not None:
             object.__setattr__(self, 'checkpoint', os.path.expanduser(self.checkpoint))
@@ -392,6 +391,7 @@ def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
     """
     values = config.to_dict()
     published = _published_teacher(values)
+    _published_start(values)
     _own_architecture(values)
     if isinstance(values.get('data'), dict):
         vocab_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
@@ -413,6 +413,32 @@ def _published_teacher(values: dict[str, Any]) -> TransformerConfig | None:
     # Said once, by the published model.
     del part['model']['vocab_size']
     return config
+
+
+def _published_start(values: dict[str, Any]) -> None:
+    """Makes a student that copies a published model what that is, run as the config says."""
+    part = values.get('student')
+    init, model = (part.get('init'), part.get('model')) if isinstance(part, dict) else (None, None)
+    if not (isinstance(init, dict) and isinstance(model, dict) and init.get('checkpoint')):
+        return
+    if init.get('source') != 'hf' or init.get('method') != 'copy':
+        return
+    folder = os.path.expanduser(init['checkpoint'])
+    config = pretrained_config(folder, model.get('param_dtype', 'float32'))
+    architecture = dataclasses.asdict(config)
+    del architecture['vocab_size']
+    for name in (*EXECUTION, *MODULES):
+        _take_over(name.split('.'), model, architecture)
+    part['model'] = architecture
+
+
+def _take_over(path: list[str], source: Any, target: Any) -> None:
+    """Sets the value at a path, where both have such a path."""
+    *parents, name = path
+    for parent in parents:
+        source, target = (each.get(parent) if each else None for each in (source, target))
+    if source and target and name in source:
+        target[name] = source[name]
 
 
 def _own_architecture(values: dict[str, Any]) -> None:

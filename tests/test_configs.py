@@ -80,6 +80,7 @@ PARTS = {
     'targets': TargetsConfig,
     'student': StudentConfig,
     'student.init': InitConfig,
+    'student.init.provenance': Provenance,
     'student.balance': BalanceConfig,
     'student.terms.kl': Term,
     'student.terms.ce': Term,

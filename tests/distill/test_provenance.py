@@ -1,6 +1,6 @@
 import pytest
 
-from distill.provenance import Provenance, in_words, require_permission
+from distill.provenance import FROM_WEIGHTS, Provenance, in_words, require_permission
 from moe.errors import InputError
 
 WHOLE = Provenance('a model', 'v1', 'Apache-2.0', True)
@@ -42,3 +42,12 @@ def test_in_words():
         'licence: own terms; its terms forbid training on its outputs'
     )
     assert 'its terms permit' in in_words(vars(WHOLE))
+
+
+def test_weights_that_a_model_is_made_of_are_declared_too():
+    forbids = Provenance('a model', 'v1', 'own terms', False)
+    with pytest.raises(InputError, match='its terms forbid training from its weights'):
+        require_permission(forbids, 'The start', key='config.start', use=FROM_WEIGHTS)
+    with pytest.raises(InputError, match=r'licence, permits_training missing.* set config\.start'):
+        require_permission(Provenance('a', 'b'), 'The start', key='config.start', use=FROM_WEIGHTS)
+    assert in_words(vars(forbids), FROM_WEIGHTS).endswith('forbid training from its weights')

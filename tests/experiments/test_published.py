@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from launching import ROOT, Launcher
+from launching import ROOT, Launcher, metric_rows
 
 import moe
 from distill.pretrained_tokenizer import PretrainedTokenizer, write_pretrained
@@ -19,6 +19,15 @@ PADDED = 264  # the tokenizer has 259 ids
 STUDENT = (
     '--config.student.model.moe.router.selection_bias=False',
     '--config.student.balance.selection_bias_rate=0.0',
+)
+# Upcycled from the teacher's folder: the same model at step 0, and a mixture of experts.
+START = (
+    '--config.student.init.method=upcycle',
+    '--config.student.init.source=hf',
+    '--config.student.init.provenance.licence=apache-2.0',
+    '--config.student.init.provenance.permits_training=true',
+    '--config.student.model.num_layers=2',
+    '--config.student.model.tie_embeddings=false',
 )
 
 
@@ -51,6 +60,8 @@ def study(
             '--config.teacher.provenance.permits_training=true',
             '--stages=teacher,student,control,evaluate,report,export',
             *STUDENT,
+            *START,
+            f'--config.student.init.checkpoint={published}',
         )
     )
     assert finished.status == 0, finished.output
@@ -68,6 +79,22 @@ def test_the_student_has_the_vocabulary_of_its_teacher(study: pathlib.Path) -> N
     summary = json.loads((study / 'summary.json').read_text())
     assert 'steps' not in summary['stages']['teacher']
     assert summary['models']['teacher']['parameters']['total'] > 0
+
+
+def test_the_student_starts_from_a_published_model(study: pathlib.Path) -> None:
+    start = json.loads((study / 'summary.json').read_text())['student_start']
+    sha256 = start.pop('source_sha256')
+    declared = dict(name='tiny-qwen', version=sha256[:16], licence='apache-2.0')
+    assert start == {
+        'method': 'upcycle',
+        'source': 'published model',
+        'provenance': {**declared, 'permits_training': True},
+    }
+    first, *_, last = metric_rows(study, 'student')
+    assert abs(first['forward_kl']) < 1e-6 < last['forward_kl']
+    card = (study / 'export' / 'model' / 'README.md').read_text()
+    for text in ((study / 'report.html').read_text(), card):
+        assert f'start from the published model tiny-qwen {sha256[:16]}; licence: apache' in text
 
 
 def test_the_card_says_what_was_measured(study: pathlib.Path) -> None:

@@ -54,6 +54,13 @@ WITHOUT_BIAS = {
     'student__balance__selection_bias_rate': 0.0,
 }
 UPCYCLED = {'student__init__method': 'upcycle'}
+PUBLISHED = {
+    'student__init__method': 'upcycle',
+    'student__init__source': 'hf',
+    'student__init__checkpoint': 'models/dense',
+    'student__init__provenance__licence': 'MIT',
+    'student__init__provenance__permits_training': True,
+}
 CACHED = {'targets__kind': 'top_k', 'targets__cached': True}
 EMA = {'teacher__source': 'ema'}
 ROLLOUT = {'student__rollout': dict(lmbda=0.5, max_new_tokens=8)}
@@ -91,7 +98,10 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
         ({'targets__distinct': 0.5}, 'targets.distinct must be at least 1'),
         (CACHED | {'targets__steps': 3}, 'targets.steps must be at least student.train.steps=12'),
         (CACHED | {'targets__rows_per_shard': 0}, 'targets.rows_per_shard must be positive'),
-        ({'teacher__provenance__permits_training': False}, 'nothing may be trained on its outputs'),
+        (
+            {'teacher__provenance__permits_training': False},
+            'its terms forbid training on its outputs',
+        ),
         ({'teacher__provenance__licence': ' '}, 'provenance.licence must be a text'),
         ({'studnt': 1}, "config has no key 'studnt'. Did you mean 'student'"),
         ({'data__sequence': 1}, "config.data has no key 'sequence'"),
@@ -149,6 +159,19 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
         (
             {'student__init__source': 'checkpoint', 'student__init__checkpoint': 'runs/a/teacher'},
             "init.checkpoint is nothing that method='random' reads",
+        ),
+        (
+            PUBLISHED | {'student__init__provenance__licence': None},
+            'licence missing. Read its terms',
+        ),
+        (
+            PUBLISHED | {'student__init__provenance__permits_training': False},
+            "The student's start (a published model its weights, MIT) is declared with "
+            'permits_training=False: its terms forbid training from its weights',
+        ),
+        (
+            PUBLISHED | {'student__init__source': 'checkpoint'},
+            "init.provenance declares a published model and goes with source='hf'",
         ),
         ({'student__init__calibration_rows': 0}, 'init.calibration_rows must be positive'),
         (
@@ -228,6 +251,6 @@ def test_what_does_not_fit_is_named(overrides: dict[str, object], mesh: MeshConf
 def test_every_option_of_every_method_is_a_key_of_init():
     fields = {field.name for field in dataclasses.fields(InitConfig)}
     options = {name for method in METHODS for name in method_options(method)}
-    assert fields - {'method', 'source', 'checkpoint', 'calibration_rows'} == options
+    assert fields - {'method', 'source', 'checkpoint', 'provenance', 'calibration_rows'} == options
     values = get_config().student.init.to_dict() | dict(method='upcycle', noise=1)
     assert build(InitConfig, values, 'init').options == {'noise': 1.0}
