@@ -1,6 +1,5 @@
 """A study as frozen dataclasses, built from its ConfigDict before anything runs."""
 
-import copy
 import dataclasses
 import os
 from typing import Any, Literal
@@ -18,14 +17,13 @@ from distill.provenance import PUBLISHED, Provenance, require_permission
 from distill.schedules import Schedule
 from distill.tokenizer import ByteTokenizer
 from distill.writers import require_writers
+from experiments.architectures import own_architecture, published_start, published_teacher
 from experiments.build import build
 from experiments.init_config import InitConfig
 from moe.config import TransformerConfig, require
-from moe.convert import pretrained_config
 from moe.errors import InputError
 from moe.routing import require_causal
 from moe.sharding import MeshConfig
-from moe.surgery import EXECUTION, MODULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,9 +388,9 @@ def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
             names the path of the key.
     """
     values = config.to_dict()
-    published = _published_teacher(values)
-    _published_start(values)
-    _own_architecture(values)
+    published = published_teacher(values)
+    published_start(values)
+    own_architecture(values)
     if isinstance(values.get('data'), dict):
         vocab_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
         if published is not None:
@@ -400,52 +398,6 @@ def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
         for who in ('teacher', 'student'):
             _set_vocab_size(values, who, vocab_size)
     return build(StudyConfig, values, 'config')
-
-
-def _published_teacher(values: dict[str, Any]) -> TransformerConfig | None:
-    """Puts a published teacher's architecture where the config describes its teacher."""
-    part = values.get('teacher')
-    if not isinstance(part, dict) or part.get('source') != 'hf' or not part.get('checkpoint'):
-        return None
-    folder = os.path.expanduser(part['checkpoint'])
-    config = pretrained_config(folder, part.get('dtype', 'bfloat16'))
-    part['model'] = dataclasses.asdict(config)
-    # Said once, by the published model.
-    del part['model']['vocab_size']
-    return config
-
-
-def _published_start(values: dict[str, Any]) -> None:
-    """Makes a student that copies a published model what that is, run as the config says."""
-    part = values.get('student')
-    init, model = (part.get('init'), part.get('model')) if isinstance(part, dict) else (None, None)
-    if not (isinstance(init, dict) and isinstance(model, dict) and init.get('checkpoint')):
-        return
-    if init.get('source') != 'hf' or init.get('method') != 'copy':
-        return
-    folder = os.path.expanduser(init['checkpoint'])
-    config = pretrained_config(folder, model.get('param_dtype', 'float32'))
-    architecture = dataclasses.asdict(config)
-    del architecture['vocab_size']
-    for name in (*EXECUTION, *MODULES):
-        _take_over(name.split('.'), model, architecture)
-    part['model'] = architecture
-
-
-def _take_over(path: list[str], source: Any, target: Any) -> None:
-    """Sets the value at a path, where both have such a path."""
-    *parents, name = path
-    for parent in parents:
-        source, target = (each.get(parent) if each else None for each in (source, target))
-    if source and target and name in source:
-        target[name] = source[name]
-
-
-def _own_architecture(values: dict[str, Any]) -> None:
-    """Puts the student's architecture where its own average teaches."""
-    teacher, student = values.get('teacher'), values.get('student')
-    if isinstance(teacher, dict) and isinstance(student, dict) and teacher.get('source') == 'ema':
-        teacher['model'] = copy.deepcopy(student.get('model'))
 
 
 def _set_vocab_size(values: dict[str, Any], who: str, vocab_size: int) -> None:
