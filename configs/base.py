@@ -265,6 +265,7 @@ def get_config() -> ml_collections.ConfigDict:
             selection_bias_rule='sign',  # or 'proportional'
         ),
         mtp_weight=0.0,  # of the same terms over tokens further ahead, the control's too
+        router_match_weight=0.0,  # of how far its routers are from the teacher's
         return_weight=0.0,  # of what a token does to those after it, where the student writes
         rollout=_mapping(),  # `rollout()`, to learn from what a model writes
         terms=dict(

@@ -35,6 +35,7 @@ from distill.objective import Objective, Term
 from distill.provenance import Provenance
 from distill.returns import normalized_returns
 from distill.rollout import Rollout, roll_out
+from distill.router_match import router_match_loss
 from distill.schedules import Schedule
 from distill.spans import SpanAlignment, match_vocabularies, shared_spans
 from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher
@@ -91,6 +92,7 @@ __all__ = [
     'reverse_kl',
     'reverse_kl_per_token',
     'roll_out',
+    'router_match_loss',
     'shared_spans',
     'skew_forward_kl',
     'skew_forward_kl_per_token',

@@ -125,11 +125,14 @@ class Objective:
             prediction; a number or a `Schedule`.
         return_weight: of what a token does to those after it, in sequences that the student writes:
             see `distill.returns`; zero or more.
+        router_match_weight: of how far the student's routers are from the teacher's, see
+            `distill.router_match`; a number or a `Schedule`.
     """
 
     terms: tuple[Term, ...]
     mtp_weight: float | Schedule = 0.0
     return_weight: float = 0.0
+    router_match_weight: float | Schedule = 0.0
 
     def __post_init__(self) -> None:
         valid = isinstance(self.terms, tuple) and all(isinstance(t, Term) for t in self.terms)
@@ -137,23 +140,32 @@ class Objective:
             raise InputError(
                 f'An objective needs a tuple of one or more Term; received {self.terms!r}.'
             )
-        for name in ('mtp_weight', 'return_weight'):
+        for name in ('mtp_weight', 'return_weight', 'router_match_weight'):
             check_number(getattr(self, name), lambda x: x >= 0, name, 'zero or more')
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        return self.return_weight > 0 or any(term.needs_teacher for term in self.terms)
+        extra = self.return_weight > 0 or self.matches_routers
+        return extra or any(term.needs_teacher for term in self.terms)
 
     @property
     def uses_mtp(self) -> bool:
         """Whether tokens further ahead count at any step."""
-        weight = self.mtp_weight
-        return any(w > 0 for w in (weight.bounds if isinstance(weight, Schedule) else (weight,)))
+        return _ever_positive(self.mtp_weight)
+
+    @property
+    def matches_routers(self) -> bool:
+        """Whether the teacher's routers count at any step."""
+        return _ever_positive(self.router_match_weight)
 
     def at(self, step: Int[Array, ''] | int) -> tuple[Term, ...]:
         """Returns the terms with every schedule's value at a step, which may be traced."""
         return tuple(term.at(step) for term in self.terms)
+
+
+def _ever_positive(weight: float | Schedule) -> bool:
+    return any(w > 0 for w in (weight.bounds if isinstance(weight, Schedule) else (weight,)))
 
 
 def metric_names(terms: tuple[Term, ...], *, sampled: bool = False) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from distill.objective import Objective, Term
 from distill.returns import returns
 from distill.rollout import Author, Rolled, Rollout, initial_replay, roll_out, rollout_key
 from distill.router_loss import router_loss
+from distill.router_match import matched, require_routers
 from distill.schedules import value_at
 from distill.teacher import OnlineTeacher, Teacher
 from distill.types import Batch, TrainState
@@ -27,7 +28,7 @@ from moe.qk_clip import MAX_LOGITS, clip_heads, require_clippable
 from moe.routing import require_causal
 from moe.selection_bias import update_selection_bias
 from moe.transformer import Transformer, output_head
-from moe.types import ModelOutput
+from moe.types import ModelOutput, RouterOutput
 from moe.validation import require
 
 
@@ -82,6 +83,8 @@ class Recipe:
                     'A student taught by its own average needs a teacher of its own architecture; '
                     f'received {self.teacher!r}. Give OnlineTeacher(model).'
                 )
+        if self.objective.matches_routers:
+            require_routers(self.model.config, self.teacher)
         require_writers(self.objective, self.rollout and self.rollout.config)
         if self.rollout is not None:
             self._require_authors(self.rollout)
@@ -171,6 +174,7 @@ def make_train_step(
             (sum over unmasked tokens of the terms) / M
           + mtp_weight * (the same of the tokens further ahead, see `distill.mtp_loss`)
           + return_weight * (the surrogate of `distill.returns`, over the student's tokens)
+          + router_match_weight * (sum over tokens of the distance from the teacher's routers) / R
           + load_balance_weight * (sum over sequences and MoE layers of the load-balance loss) / R L
           + router_z_weight * (sum over tokens and MoE layers of the z-loss) / R L,
 
@@ -408,7 +412,7 @@ def _loss(
     model, batch = recipe.model, part.batch
     output, max_logits = _forward(recipe, params, state, part)
     head = output_head(model.config, params).astype(output.hidden.dtype)
-    targets = None if recipe.teacher is None else recipe.teacher.targets(teacher, batch)
+    targets, taught = _asked(recipe, teacher, batch)
     terms = recipe.objective.at(state.step)
     settings: Any = {
         'normalizer': whole.tokens,
@@ -444,6 +448,10 @@ def _loss(
         load=whole.load,
     )
     loss += routers.loss / whole.routed
+    if taught:
+        match = matched(model.config, recipe.teacher, output.router, taught, batch)
+        loss += value_at(recipe.objective.router_match_weight, state.step) * match[0] / whole.routed
+        pairs |= {'router_match_loss': match}
     totals = _Totals(
         loss=loss,
         pairs=pairs | routers.pairs,
@@ -479,6 +487,16 @@ def _of_writers(
     future = jnp.where(counted, future, 0)
     pair = (jnp.sum(future), jnp.sum(counted, dtype=jnp.float32))
     return (surrogate,), weights.at[..., -1].multiply(future), {'return': pair}
+
+
+def _asked(recipe: Recipe, variables: Any, batch: Batch) -> tuple[Any, tuple[RouterOutput, ...]]:
+    """What the teacher says of a micro-batch, and its routers where they are matched."""
+    teacher: Any = recipe.teacher
+    if teacher is None:
+        return None, ()
+    if recipe.objective.matches_routers:
+        return teacher.targets_and_routers(variables, batch)
+    return teacher.targets(variables, batch), ()
 
 
 def _split(batch: Batch, parts: int) -> Batch:

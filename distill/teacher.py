@@ -9,6 +9,7 @@ from distill.estimators import Estimator
 from distill.types import Batch, HiddenTargets, SampledTargets, TopKTargets
 from moe.errors import InputError
 from moe.transformer import Transformer, output_head
+from moe.types import RouterOutput
 
 
 class Teacher(Protocol):
@@ -40,6 +41,12 @@ class OnlineTeacher:
         Returns:
             The last hidden states and the head, through which no gradient flows.
         """
+        return self.targets_and_routers(variables, batch)[0]
+
+    def targets_and_routers(
+        self, variables: Any, batch: Batch
+    ) -> tuple[HiddenTargets, tuple[RouterOutput, ...]]:
+        """Runs the teacher as `targets` does, and returns what its routers decided too."""
         output: Any = self.model.apply(
             variables,
             batch.tokens,
@@ -48,7 +55,8 @@ class OnlineTeacher:
             logits=False,
         )
         head = output_head(self.model.config, variables['params']).astype(output.hidden.dtype)
-        return jax.lax.stop_gradient(HiddenTargets(hidden=output.hidden, head=head))
+        targets = HiddenTargets(hidden=output.hidden, head=head)
+        return jax.lax.stop_gradient((targets, output.router))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, learning_rate_schedule
 from distill.pairs import require_sound
 from distill.provenance import PUBLISHED, Provenance, require_permission
+from distill.router_match import require_matchable
 from distill.schedules import Schedule
 from distill.tokenizer import ByteTokenizer
 from distill.writers import require_writers
@@ -143,6 +144,7 @@ class StudentConfig:
     `mtp_weight` weighs them over tokens further ahead, where `model.mtp_depth` is above 0.
     `rollout` tells which sequences a model writes while the student learns; None for none.
     `return_weight` weighs what a token does to those after it in what the student writes.
+    `router_match_weight` weighs how far its routers' scores are from those of the teacher's.
     """
 
     model: TransformerConfig
@@ -154,6 +156,7 @@ class StudentConfig:
     mtp_weight: float | Schedule = 0.0
     rollout: RolloutConfig | None = None
     return_weight: float = 0.0
+    router_match_weight: float | Schedule = 0.0
 
     def __post_init__(self) -> None:
         require_weight(self.model, self.objective())
@@ -183,7 +186,12 @@ class StudentConfig:
 
     def objective(self) -> Objective:
         """The weighted sum of the terms."""
-        return Objective(tuple(self.terms.values()), self.mtp_weight, self.return_weight)
+        return Objective(
+            tuple(self.terms.values()),
+            self.mtp_weight,
+            self.return_weight,
+            self.router_match_weight,
+        )
 
 
 def _require_causal(model: TransformerConfig) -> None:
@@ -352,6 +360,10 @@ class StudyConfig:
                     'was not written before; received targets.cached=True. Set it to False, or '
                     'leave the rollout out.'
                 )
+        if self.student.objective().matches_routers:
+            required = "'hidden' with student.router_match_weight: others say nothing of routers"
+            require(targets.kind == 'hidden', 'targets.kind', required, targets.kind)
+            require_matchable(self.student.model, self.teacher.model)
         if self.student.return_weight > 0 and targets.kind != 'hidden':
             raise InputError(
                 f'student.return_weight={self.student.return_weight} needs all that the teacher '

@@ -183,6 +183,11 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
             'The nearest that can: moe.router.experts_per_token=2.',
         ),
         (UPCYCLED | {'student__model__moe__expert_dim': 12}, 'received 12. Choose an expert_dim'),
+        ({'student__router_match_weight': 0.1}, "needs a teacher with routers of choice 'token'"),
+        (
+            CACHED | {'student__router_match_weight': 0.1, 'targets__cached': False},
+            "targets.kind must be 'hidden' with student.router_match_weight",
+        ),
         (DENSE | {'student__balance__load_balance_weight': 0.1}, 'load_balance_weight=0.1 needs'),
         (DENSE | {'student__balance__router_z_weight': 0.1}, 'router_z_weight=0.1 needs routers'),
     ],
