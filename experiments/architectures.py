@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from moe.config import TransformerConfig
@@ -26,7 +27,8 @@ def published_teacher(values: dict[str, Any]) -> TransformerConfig | None:
 def published_start(values: dict[str, Any]) -> None:
     """Makes a student that copies a published model what that is, run as the config says."""
     part = values.get('student')
-    init, model = (part.get('init'), part.get('model')) if isinstance(part, dict) else (None, None)
+    part = part if isinstance(part, dict) else {}
+    init, model = part.get('init'), part.get('model')
     if not (isinstance(init, dict) and isinstance(model, dict) and init.get('checkpoint')):
         return
     if init.get('source') != 'hf' or init.get('method') != 'copy':
@@ -40,7 +42,7 @@ def published_start(values: dict[str, Any]) -> None:
     part['model'] = architecture
 
 
-def _take_over(path: list[str], source: Any, target: Any) -> None:
+def _take_over(path: Sequence[str], source: Any, target: Any) -> None:
     """Sets the value at a path, where both have such a path."""
     *parents, name = path
     for parent in parents:
