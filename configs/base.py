@@ -166,6 +166,34 @@ def init() -> ml_collections.ConfigDict:
     )
 
 
+def remote() -> ml_collections.ConfigDict:
+    """Fields of experiments.remote_config.RemoteConfig; read where teacher.source='remote'."""
+    return ml_collections.ConfigDict(
+        dict(
+            base_url=config_dict.placeholder(str),  # such as 'https://host/v1'
+            model=config_dict.placeholder(str),  # as the server calls it
+            tokenizer=config_dict.placeholder(str),  # the folder of the teacher's; None: data's
+            api_key_variable=config_dict.placeholder(str),  # of the environment; never the key
+            concurrency=8,  # requests at one time
+            timeout=120.0,  # seconds of one request
+            attempts=6,  # of one request
+            first_wait=1.0,  # seconds that the first wait is below; doubles
+            longest_wait=60.0,  # seconds that a wait is below
+            max_tokens=10_000_000,  # of all prompts and answers of a ledger; None for no limit
+            max_dollars=config_dict.placeholder(float),  # of the same; needs the prices
+            prompt_price=config_dict.placeholder(float),  # dollars for a million tokens
+            written_price=config_dict.placeholder(float),  # dollars for a million tokens
+            scoring='echo',  # of the stage 'targets'; or 'prompt_logprobs', 'written'
+            tokens_as_ids=True,  # tokens are named by their ids (vLLM, experiments.serve)
+            temperature=1.0,  # of the texts that experiments.remote has written, as all below
+            top_p=1.0,
+            max_new_tokens=512,
+            top_log_probs=0,  # ids listed beside each token, for scoring='written'
+            keep_cut=False,  # whether texts that were cut off are data too
+        )
+    )
+
+
 def schedule(kind: str, start: float, end: float, steps: int) -> dict[str, float | str]:
     """Fields of distill.Schedule, for any number of a term."""
     return dict(kind=kind, start=start, end=end, steps=steps)  # 'linear' or 'cosine'
@@ -228,12 +256,14 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)  # devices; -1 is the rest
     config.teacher = dict(
-        source='train',  # in this run, or 'checkpoint', 'hf', or 'ema': the student's average
+        # In this run; or 'checkpoint', 'hf', 'remote'; or 'ema', the student's average.
+        source='train',
         # A stage's folder in another workdir, or with 'hf' a published model's, whose architecture
         # and tokenizer then count.
         checkpoint=config_dict.placeholder(str),
         dtype='float32',  # of the frozen teacher's parameters and activations
         provenance=provenance(),  # of a teacher of one's own, what is not declared is known
+        remote=remote(),  # with 'remote', how it is reached
         model=model(),
         optimizer=optimizer(),
         train=training(steps=400),
@@ -241,7 +271,7 @@ def get_config() -> ml_collections.ConfigDict:
         ema_decay=0.999,  # of 'ema', at each update
     )
     config.targets = dict(
-        kind='hidden',  # all of the teacher; or 'top_k', 'sampled'
+        kind='hidden',  # all of the teacher; or 'top_k', 'sampled', 'text'
         cached=False,  # written once by a stage, rather than made beside the student
         path=config_dict.placeholder(str),  # another study's folder of targets
         steps=config_dict.placeholder(int),  # batches written; None for those of the student

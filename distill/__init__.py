@@ -1,5 +1,9 @@
 """Distillation in JAX: targets, divergences, objectives and the fused loss."""
 
+from distill.answer_ledger import AnswerLedger
+from distill.asking import Manner, ask_all
+from distill.backoff import Backoff
+from distill.budget import Limits
 from distill.cache import CachedTargets, TargetsWriter
 from distill.config import RolloutConfig
 from distill.cross_tokenizer import SpanLoss, span_log_probs, span_loss
@@ -33,6 +37,7 @@ from distill.estimators import SampledEstimator, TopKEstimator
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
 from distill.provenance import Provenance
+from distill.remote import RemoteServer, Request
 from distill.returns import normalized_returns
 from distill.rollout import Rollout, roll_out
 from distill.router_match import router_match_loss
@@ -49,15 +54,21 @@ from distill.types import (
 )
 
 __all__ = [
+    'AnswerLedger',
+    'Backoff',
     'Batch',
     'CachedTargets',
     'CachedTeacher',
     'DenseTargets',
     'EstimatedTeacher',
     'HiddenTargets',
+    'Limits',
+    'Manner',
     'Objective',
     'OnlineTeacher',
     'Provenance',
+    'RemoteServer',
+    'Request',
     'Rollout',
     'RolloutConfig',
     'SampledEstimator',
@@ -74,6 +85,7 @@ __all__ = [
     'adaptive_kl_per_token',
     'alpha_divergence',
     'alpha_divergence_per_token',
+    'ask_all',
     'cross_entropy',
     'cross_entropy_per_token',
     'forward_kl',

@@ -103,6 +103,10 @@ class PretrainedTokenizer:
         finally:
             self._tokenizer.encode_special_tokens = True
 
+    def to_json(self) -> str:
+        """Describes the tokenizer as the `tokenizers` library writes it."""
+        return self._tokenizer.to_str()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         with whole_directory(path) as directory:
             for name in (TOKENIZER_FILE, *COMPANIONS):

@@ -2,9 +2,9 @@
 
 import functools
 import json
-from typing import Any
+from typing import Any, cast
 
-from distill.tokenizer import BYTES, BPETokenizer, Tokenizer
+from distill.tokenizer import BYTES, SPECIALS, ByteTokenizer, Tokenizer
 from moe.errors import InputError
 
 _SPACE_MARK = '▁'
@@ -24,11 +24,11 @@ def token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
     Raises:
         InputError: where tokens are pieces of words whose bytes their names do not tell.
     """
-    if not isinstance(tokenizer, BPETokenizer):
+    if isinstance(tokenizer, ByteTokenizer):
         return tuple(
             bytes([index]) if index < BYTES else b'' for index in range(tokenizer.vocab_size)
         )
-    description: dict[str, Any] = json.loads(tokenizer.to_json())
+    description = _described(tokenizer)
     vocabulary: dict[str, int] = description['model']['vocab']
     added = {token['id']: token for token in description['added_tokens']}
     spell = _speller(description, vocabulary)
@@ -40,6 +40,19 @@ def token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
         if not token['special']:
             table[index] = token['content'].encode()
     return tuple(table)
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of the tokens that stand for no text, by what they are called."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return {name: BYTES + place for place, name in enumerate(SPECIALS)}
+    added = _described(tokenizer)['added_tokens']
+    return {token['content']: token['id'] for token in added if token['special']}
+
+
+def _described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns what the library `tokenizers` writes of a tokenizer that it made."""
+    return json.loads(cast(Any, tokenizer).to_json())
 
 
 def _speller(description: dict[str, Any], vocabulary: dict[str, int]) -> Any:

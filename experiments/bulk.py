@@ -21,13 +21,15 @@ class Prompt:
 
     Attributes:
         line: its number, from 1.
-        text: what is to be continued.
+        text: what is to be continued; of a conversation, as it is rendered.
         id: given back beside the text; None where there is none.
+        messages: of a conversation; None of a text.
     """
 
     line: int
     text: str
     id: Any = None
+    messages: list[dict[str, Any]] | None = None
 
 
 def read_prompts(path: pathlib.Path) -> list[Prompt]:
@@ -64,11 +66,14 @@ def _prompt(number: int, line: str) -> Prompt:
     if unknown:
         raise InputError(f'it has {", ".join(map(repr, unknown))}, which means nothing here')
     if 'messages' in record:
-        return Prompt(number, message_text(record['messages'], 'its messages'), record.get('id'))
+        messages = record['messages']
+        text = message_text(messages, 'its messages')
+        text.encode()  # half of a surrogate pair is a ValueError
+        return Prompt(number, text, record.get('id'), messages)
     text = record['prompt']
     if not isinstance(text, str):
         raise InputError(f"its 'prompt' is no string but {type(text).__name__}")
-    text.encode()  # half of a surrogate pair is a ValueError
+    text.encode()
     return Prompt(number, text, record.get('id'))
 
 

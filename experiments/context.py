@@ -32,6 +32,7 @@ from experiments.fit import require_fit
 from experiments.identity import model_identity
 from experiments.signals import StopSignal
 from experiments.study import StudyConfig, build_study
+from experiments.tokenizers import folder_tokenizer
 from experiments.workdir import Workdir
 from moe.config import TransformerConfig
 from moe.errors import InputError
@@ -152,6 +153,9 @@ class Context:
             published = PretrainedTokenizer(str(teacher.checkpoint))
             require_room(published.vocab_size, teacher.model.vocab_size, str(teacher.checkpoint))
             return _writer_first(lambda: _saved(published, folder), 'tokenizer')
+        if teacher.source == 'remote' and teacher.remote.tokenizer is not None:
+            own = folder_tokenizer(teacher.remote.tokenizer)
+            return _writer_first(lambda: _saved(own, folder), 'tokenizer')
         if teacher.checkpoint is not None:
             return load_tokenizer(pathlib.Path(teacher.checkpoint).parent / 'tokenizer')
         if data.tokenizer == 'byte':

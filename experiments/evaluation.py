@@ -36,6 +36,8 @@ ROUTING_MAPS = 'evaluate/routing.npz'
 def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
     """Measures teacher, student and control on the same held-out text and this machine.
 
+    A teacher that is not here is not measured, nor is what compares with it.
+
     Returns:
         `models`, `comparison` and `experts` of the summary, the student's expert `load`, the
         `samples` of every model, and the circumstances of the measurement.
@@ -58,16 +60,9 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         | costs[name]
         for name, evaluation in evaluations.items()
     }
-    teacher, student = rows['teacher'], rows['student']
     return {
         'models': rows,
-        'comparison': compare(**evaluations, seed=context.study.seed)
-        | teacher_to_student(
-            teacher_flops=teacher['flops_per_token'],
-            student_flops=student['flops_per_token'],
-            teacher_usd=_dollars(teacher),
-            student_usd=_dollars(student),
-        ),
+        'comparison': compare(**evaluations, seed=context.study.seed) | _costs(rows),
         'experts': expert_statistics(evaluations['student']),
         'load': evaluations['student'].load.tolist(),
         'samples': samples,
@@ -75,10 +70,24 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
     }
 
 
+def _costs(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How many times more the teacher costs, where it was measured."""
+    if 'teacher' not in rows:
+        return {}
+    teacher, student = rows['teacher'], rows['student']
+    return teacher_to_student(
+        teacher_flops=teacher['flops_per_token'],
+        student_flops=student['flops_per_token'],
+        teacher_usd=_dollars(teacher),
+        student_usd=_dollars(student),
+    )
+
+
 def _quality(context: Context, models: Models, name: str) -> Evaluation:
     """Evaluates one model; the teacher is compared with itself by nobody."""
     model, variables = models[name]
-    teacher, teacher_variables = (None, None) if name == 'teacher' else models['teacher']
+    others = {} if name == 'teacher' else models
+    teacher, teacher_variables = others.get('teacher', (None, None))
     return evaluate(
         model,
         variables,

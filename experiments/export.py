@@ -1,11 +1,13 @@
 """The export stage: the student as others load it, and a model card of what was measured."""
 
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
 
 from distill import distributed
 from distill.pretrained_tokenizer import write_pretrained
+from distill.provenance import in_words
 from distill.tables import student_start
 from experiments.context import Context
 from experiments.initial import started_from
@@ -84,8 +86,10 @@ def model_card(context: Context) -> str:
 
 
 def teacher_licence(context: Context) -> str | None:
-    """Returns the licence that a published teacher's own card names."""
+    """Returns the licence that a published teacher's own card names, or a remote one's declared."""
     teacher = context.study.teacher
+    if teacher.source == 'remote':
+        return teacher.provenance.licence
     if teacher.source != 'hf':
         return None
     card = pathlib.Path(str(teacher.checkpoint)) / 'README.md'
@@ -104,6 +108,8 @@ def _teacher(context: Context) -> str:
     teacher = context.study.teacher
     if teacher.source == 'hf':
         return f'the published model in `{pathlib.Path(str(teacher.checkpoint)).name}`'
+    if teacher.source == 'remote':
+        return f'{in_words(dataclasses.asdict(teacher.provenance))}; asked as a remote server'
     if teacher.source == 'checkpoint':
         return f'a model of another study, `{teacher.checkpoint}`'
     if teacher.source == 'ema':

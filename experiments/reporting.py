@@ -60,12 +60,12 @@ def write_study_report(context: Context, *, teacher: dict[str, Any]) -> None:
 
 
 def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Gives the table as rows of figures; the reference of each is the teacher's."""
+    """Gives the table as rows of figures; the reference of each is the teacher's, if any."""
     rows = []
     for model in summary['models']:
         for name, unit in UNITS.items():
             value, reference = (
-                _number(summary['models'][who].get(name)) for who in (model, 'teacher')
+                _number(summary['models'].get(who, {}).get(name)) for who in (model, 'teacher')
             )
             if value is None:
                 continue

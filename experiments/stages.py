@@ -25,6 +25,11 @@ from experiments.context import Context
 from experiments.evaluation import evaluate_models
 from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
+from experiments.remote_scores import (
+    remote_teacher_facts,
+    require_texts_of_teacher,
+    write_remote_targets,
+)
 from experiments.reporting import write_study_report
 from experiments.seen import record_seen, refuse_seen
 from experiments.study import OWN_TEACHER
@@ -56,7 +61,7 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
             f'received kind={context.study.targets.kind!r}, cached=False.'
         )
     for name, stage in STAGES.items():
-        if name not in names or (name == 'targets' and not context.study.targets.cached):
+        if name not in names or name in _unneeded(context):
             continue
         # Figures that are asked for are written, though the report stands.
         again = name == 'report' and context.json_path is not None
@@ -76,6 +81,15 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
         distributed.barrier(f'{name}: complete')
 
 
+def _unneeded(context: Context) -> tuple[str, ...]:
+    """Names the stages that there is nothing to do for."""
+    targets = context.study.targets
+    # A student that learns from text alone, as its control does, would be its own control.
+    return (() if targets.cached else ('targets',)) + (
+        ('control',) if targets.kind == 'text' else ()
+    )
+
+
 def require_stages(names: tuple[str, ...]) -> None:
     """Refuses names that are no stages."""
     unknown = [name for name in names if name not in STAGES]
@@ -93,6 +107,13 @@ def teacher(context: Context) -> dict[str, Any]:
     if config.source == 'ema':
         # It comes to be with the student.
         return {}
+    if config.source == 'remote':
+        if context.study.targets.kind == 'text':
+            require_texts_of_teacher(context)
+        elif context.study.targets.path is None and config.remote.scoring != 'written':
+            # That there is a key is found out before anything is asked.
+            config.remote.server()
+        return {}
     if config.source != 'train':
         load_teacher(context)
         return {}
@@ -107,6 +128,8 @@ def targets(context: Context) -> dict[str, Any]:
     context.workdir.require_result('teacher', wanted_by='targets')
     if context.study.targets.path is not None:
         return {'rows': len(open_targets(context, _teacher_facts(context)))}
+    if context.study.teacher.source == 'remote':
+        return write_remote_targets(context, _teacher_facts(context))
     model, variables = load_teacher(context)
     return write_targets(context, model, variables, _teacher_facts(context))
 
@@ -120,6 +143,8 @@ def student(context: Context) -> dict[str, Any]:
         context.workdir.require_result('targets', wanted_by='student')
         reader = open_targets(context, _teacher_facts(context))
         teacher, variables = CachedTeacher(), {}
+    elif context.study.targets.kind == 'text':
+        teacher, variables = None, {}
     else:
         teacher, variables = _online_teacher(context)
     recipe = _recipe(
@@ -168,15 +193,15 @@ def control(context: Context) -> dict[str, Any]:
 
 
 def evaluate(context: Context) -> dict[str, Any]:
-    """Measures all three on the same held-out text."""
-    for name in ('teacher', 'student', 'control'):
+    """Measures all that are here, a remote teacher not, on the same held-out text."""
+    names = [name for name in ('student', 'control') if name not in _unneeded(context)]
+    for name in ('teacher', *names):
         context.workdir.require_result(name, wanted_by='evaluate')
     student_model = context.model(context.study.student.model)
-    students = {
-        name: (student_model, _load(context, name, student_model))
-        for name in ('student', 'control')
-    }
-    return evaluate_models(context, {'teacher': load_teacher(context)} | students)
+    students = {name: (student_model, _load(context, name, student_model)) for name in names}
+    remote = context.study.teacher.source == 'remote'
+    teachers = {} if remote else {'teacher': load_teacher(context)}
+    return evaluate_models(context, teachers | students)
 
 
 def report(context: Context) -> dict[str, Any]:
@@ -260,6 +285,8 @@ def _online_teacher(context: Context) -> tuple[Teacher, Any]:
 def _teacher_facts(context: Context) -> dict[str, Any]:
     """Who the teacher is: the hash of its weights and its provenance."""
     config = context.study.teacher
+    if config.source == 'remote':
+        return remote_teacher_facts(config)
     if config.source == 'ema':
         known = dataclasses.replace(
             OWN_TEACHER, name='an average of the student', version=f'decay {config.ema_decay}'

@@ -21,6 +21,9 @@ from distill.writers import require_writers
 from experiments.architectures import own_architecture, published_start, published_teacher
 from experiments.build import build
 from experiments.init_config import InitConfig
+from experiments.remote_checks import require_askable, require_text_alone
+from experiments.remote_config import RemoteConfig
+from experiments.tokenizers import folder_tokenizer
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
 from moe.routing import require_causal
@@ -75,16 +78,17 @@ OWN_TEACHER = Provenance('trained in this study', 'its weights', "its owner's", 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """A teacher trained in this run, a checkpoint of ours, a published model, or the student.
+    """A teacher trained in this run, a checkpoint, a published model, a server, or the student.
 
     Attributes:
-        source: 'train', 'checkpoint' or 'hf'; or 'ema', the average of the student's own parameters
-            over its updates, whose architecture is then the student's.
+        source: 'train', 'checkpoint', 'hf' or 'remote'; or 'ema', the average of the student's own
+            parameters over its updates, whose architecture is then the student's.
         checkpoint: the folder of a stage that trained it, or, with 'hf', of a published model, as
             `transformers` saves it; `~` is the home folder.
         dtype: of the frozen teacher's parameters and activations.
         provenance: its declaration; a teacher of one's own needs none, a published one needs its
-            licence and whether that permits training.
+            licence and whether that permits training, a remote one all of it.
+        remote: how a remote one is reached; nothing below it is read then.
         model: its architecture; with 'hf' that of the folder, whatever the config says here.
         optimizer: how it is trained; read where source='train', as is the next.
         train: for how long.
@@ -93,10 +97,11 @@ class TeacherConfig:
             itself and the rest the new parameters; in [0, 1).
     """
 
-    source: Literal['train', 'checkpoint', 'hf', 'ema']
+    source: Literal['train', 'checkpoint', 'hf', 'remote', 'ema']
     checkpoint: str | None
     dtype: Literal['float32', 'bfloat16']
     provenance: Provenance
+    remote: RemoteConfig
     model: TransformerConfig
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -110,12 +115,15 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.ema_decay < 1, 'teacher.ema_decay', 'in [0, 1)', self.ema_decay)
-        if (self.source in ('train', 'ema')) != (self.checkpoint is None):
+        if (self.source in ('train', 'remote', 'ema')) != (self.checkpoint is None):
             raise InputError(
                 "config.teacher.checkpoint is a trained stage's folder and goes with "
                 "source='checkpoint', or a published model's and goes with source='hf'; received "
                 f'source={self.source!r} and checkpoint={self.checkpoint!r}.'
             )
+        if self.source == 'remote':
+            self._require_remote()
+            return
         # One's own is declared by where it comes from; what is declared besides must allow it.
         known = PUBLISHED if self.source == 'hf' else OWN_TEACHER
         require_permission(self.provenance.filled(known), 'The teacher')
@@ -131,6 +139,18 @@ class TeacherConfig:
                     "model.moe.router.selection_bias must be False for source='train': training "
                     'the teacher never moves the biases. Set it to False.'
                 )
+
+    def _require_remote(self) -> None:
+        """Refuses a server that is not named, or whose model is not declared."""
+        for name in ('base_url', 'model'):
+            if getattr(self.remote, name) is None:
+                raise InputError(
+                    f"config.teacher.remote.{name} is required for source='remote': the address "
+                    "of the server, such as 'https://host/v1', and the model as it calls it."
+                )
+        require_permission(
+            self.provenance, f'The remote teacher {self.remote.model!r} at {self.remote.base_url}'
+        )
 
     def objective(self) -> Objective:
         """What a teacher trained here learns: the text."""
@@ -176,13 +196,6 @@ class StudentConfig:
                 )
         _require_causal(self.model)
         learning_rate_schedule(self.optimizer, self.train.steps)
-        if not any(term.needs_teacher and _ever_counts(term) for term in self.objective().terms):
-            received = ', '.join(f'{t.name} (weight {t.weight})' for t in self.terms.values())
-            raise InputError(
-                'terms must hold a divergence from the teacher whose weight is not always zero; '
-                f'received {received}. '
-                "Add one, such as dict(name='forward_kl', weight=1.0)."
-            )
 
     def objective(self) -> Objective:
         """The weighted sum of the terms."""
@@ -192,6 +205,16 @@ class StudentConfig:
             self.return_weight,
             self.router_match_weight,
         )
+
+    def require_taught(self) -> None:
+        """Refuses terms that learn nothing from what a teacher says of the text."""
+        if not any(term.needs_teacher and _ever_counts(term) for term in self.objective().terms):
+            received = ', '.join(f'{t.name} (weight {t.weight})' for t in self.terms.values())
+            raise InputError(
+                'terms must hold a divergence from the teacher whose weight is not always zero; '
+                f'received {received}. '
+                "Add one, such as dict(name='forward_kl', weight=1.0)."
+            )
 
 
 def _require_causal(model: TransformerConfig) -> None:
@@ -211,8 +234,8 @@ class TargetsConfig:
     """What the student is given of its teacher.
 
     Attributes:
-        kind: 'hidden' (everything), 'top_k' (the likeliest ids and the mass of the rest) or
-            'sampled' (ids drawn from the teacher).
+        kind: 'hidden' (everything), 'top_k' (the likeliest ids and the mass of the rest),
+            'sampled' (ids drawn from the teacher) or 'text' (what it wrote, which is the data).
         cached: whether a stage writes targets for any number of students, that then need no
             teacher; else it runs beside the student. Not of kind 'hidden'.
         path: another study's folder of targets, to read them rather than write them.
@@ -225,7 +248,7 @@ class TargetsConfig:
         rows_per_shard: rows of a file; as many are lost at most when a writer is killed.
     """
 
-    kind: Literal['hidden', 'top_k', 'sampled']
+    kind: Literal['hidden', 'top_k', 'sampled', 'text']
     cached: bool
     path: str | None
     steps: int | None
@@ -237,11 +260,12 @@ class TargetsConfig:
     rows_per_shard: int
 
     def __post_init__(self) -> None:
-        if self.cached and self.kind == 'hidden':
+        if self.cached and self.kind in ('hidden', 'text'):
+            why = {'hidden': "it is larger than the teacher's work", 'text': 'it is the data'}
             raise InputError(
                 "targets.kind must be 'top_k' or 'sampled' where targets.cached=True; received "
-                "'hidden', which is not written: it is larger than the teacher's work. Choose one, "
-                'or set cached=False.'
+                f'{self.kind!r}, which is not written: {why[self.kind]}. Choose one, or set '
+                'cached=False.'
             )
         if not self.cached and (self.path is not None or self.steps is not None):
             raise InputError(
@@ -331,6 +355,11 @@ class StudyConfig:
         """Batches of training whose targets are written."""
         return self.targets.steps or self.student.train.steps
 
+    @property
+    def vocab_size(self) -> int:
+        """`V` of every model of the study."""
+        return self.student.model.vocab_size
+
     def __post_init__(self) -> None:
         require(
             self.target_steps >= self.student.train.steps,
@@ -349,7 +378,9 @@ class StudyConfig:
             self._require_own_average()
         # What a checkpoint holds is found out when there is a mesh and text to ask it with.
         init = self.student.init
-        if not init.is_random and init.source == 'teacher':
+        if self.teacher.source == 'remote':
+            require_askable(self)
+        elif not init.is_random and init.source == 'teacher':
             init.require_reachable(self.teacher.model, self.student.model)
         targets = self.targets
         if self.student.rollout is not None:
@@ -370,11 +401,15 @@ class StudyConfig:
                 f"says: targets.kind='hidden'; received {targets.kind!r}. Set it, or the weight to "
                 '0.'
             )
+        if targets.kind == 'text':
+            require_text_alone(self)
+            return
+        self.student.require_taught()
         require_sound(
             self.student.objective().terms,
             targets.kind,
             temperature=targets.temperature,
-            kept=targets.k if targets.kind == 'top_k' else self.data.model_vocab_size,
+            kept=targets.k if targets.kind == 'top_k' else self.vocab_size,
         )
 
     def _require_own_average(self) -> None:
@@ -407,9 +442,22 @@ def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
         vocab_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
         if published is not None:
             vocab_size = published.vocab_size
+        vocab_size = _remote_vocab_size(values) or vocab_size
         for who in ('teacher', 'student'):
             _set_vocab_size(values, who, vocab_size)
     return build(StudyConfig, values, 'config')
+
+
+def _remote_vocab_size(values: dict[str, Any]) -> int | None:
+    """Reads how many ids a remote teacher's tokenizer has, where the config names its folder."""
+    part = values.get('teacher')
+    if not isinstance(part, dict) or part.get('source') != 'remote':
+        return None
+    remote = part.get('remote')
+    folder = remote.get('tokenizer') if isinstance(remote, dict) else None
+    if not isinstance(folder, str):
+        return None
+    return folder_tokenizer(os.path.expanduser(folder)).vocab_size
 
 
 def _set_vocab_size(values: dict[str, Any], who: str, vocab_size: int) -> None:

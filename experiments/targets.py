@@ -49,7 +49,7 @@ def open_targets(context: Context, teacher: Facts) -> CachedTargets:
     data = {key: context.data_fingerprint[key] for key in ('source', 'tokenizer', 'seq_len')}
     expected = {
         'estimator': estimator,
-        'vocab_size': context.study.data.model_vocab_size,
+        'vocab_size': context.study.vocab_size,
         'tokenizer': context.tokenizer.fingerprint,
         'data': data,
         'teacher': {'sha256': teacher['sha256']},
@@ -160,7 +160,7 @@ def _writer(
     """The writer of this process; None where another one has the same rows."""
     manifest = make_manifest(
         estimator,
-        vocab_size=context.study.data.model_vocab_size,
+        vocab_size=context.study.vocab_size,
         seq_len=context.study.data.seq_len,
         teacher=teacher,
         tokenizer=context.tokenizer.fingerprint,

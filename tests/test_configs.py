@@ -19,6 +19,7 @@ from distill.optimizer import OptimizerConfig
 from distill.provenance import Provenance
 from distill.schedules import Schedule
 from experiments.init_config import InitConfig
+from experiments.remote_config import RemoteConfig
 from experiments.study import (
     ControlConfig,
     EvaluateConfig,
@@ -77,6 +78,7 @@ PARTS = {
     'mesh': MeshConfig,
     'teacher': TeacherConfig,
     'teacher.provenance': Provenance,
+    'teacher.remote': RemoteConfig,
     'targets': TargetsConfig,
     'student': StudentConfig,
     'student.init': InitConfig,

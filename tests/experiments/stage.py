@@ -2,6 +2,8 @@
 
 import pathlib
 import types
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,11 +26,13 @@ CONFIG = TransformerConfig(
 MODEL = Transformer(CONFIG)
 
 
-def make_stage(workdir: pathlib.Path) -> pathlib.Path:
-    """Saves the model and its tokenizer, and returns the stage's folder."""
+def make_stage(
+    workdir: pathlib.Path, change: Callable[[Any], Any] = lambda params: params
+) -> pathlib.Path:
+    """Saves the model, its parameters changed, and its tokenizer; returns the stage's folder."""
     init = jax.jit(lambda key: nn.unbox(MODEL.init(key, jnp.ones((1, 1), jnp.int32))))
     drawn = init(jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf * 2.0, drawn['params'])
+    params = change(jax.tree.map(lambda leaf: leaf * 2.0, drawn['params']))
     tokenizer = ByteTokenizer()
     tokenizer.save(workdir / 'tokenizer')
     identity = {'model': model_identity(CONFIG), 'tokenizer': tokenizer.fingerprint}
