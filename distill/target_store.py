@@ -83,11 +83,8 @@ class TargetStore:
     def __init__(self, directory: str | os.PathLike, layout: Layout | None = None) -> None:
         self.directory = pathlib.Path(directory).absolute()
         file = self.directory / STORE
-        if layout is not None and not file.exists():
-            with writing(self.directory):
-                (self.directory / JOURNAL).mkdir(parents=True, exist_ok=True)
-                write_json(file, dataclasses.asdict(layout))
-        self.layout = _read_layout(file)
+        fresh = layout is not None and not file.exists()
+        self.layout = _read_layout(file) if layout is None or not fresh else layout
         if layout is not None and layout != self.layout:
             raise InputError(
                 f'{self.directory} must hold arrays of {layout}; it holds {self.layout}. Choose '
@@ -95,7 +92,12 @@ class TargetStore:
             )
         try:
             with writing(self.directory):
-                self._arrays = _open(self.directory, self.layout, create=layout is not None)
+                if fresh:
+                    (self.directory / JOURNAL).mkdir(parents=True, exist_ok=True)
+                self._arrays = _open(self.directory, self.layout, create=fresh)
+                if fresh:
+                    # Last, so that a store without all of its arrays is none.
+                    write_json(file, dataclasses.asdict(self.layout))
         except ValueError as error:
             if isinstance(error, InputError):
                 raise

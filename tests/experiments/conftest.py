@@ -30,8 +30,6 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-        # What is computed matters here, not how fast; compiling it is most of the time.
-        'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0',
         # A fork copies one thread alone.
         'OPENBLAS_NUM_THREADS': '1',
         'PYTHONPATH': str(ROOT),
