@@ -4,10 +4,13 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-import jaxlib
-
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax
+import jaxlib
+import pytest
+
 # Tests compile much and compute little: half of the suite's time is LLVM polishing code that runs
 # once. What XLA itself does to a program, which tests read from its HLO, stays as it is.
 FLAGS = ['--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true']
@@ -15,9 +18,7 @@ if jaxlib.__version__.startswith('0.10.'):
     # The older of the two emitters takes half as long; later releases have one alone.
     FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
-
-import jax
-import pytest
+jax.config.update('jax_num_cpu_devices', 8)
 
 # What takes a minute or more on two cores. `-m 'not slow'` leaves it out.
 SLOW_FILES = {
@@ -27,8 +28,6 @@ SLOW_FILES = {
     *('test_generate', 'test_growing_source', 'test_initial', 'test_notebook', 'test_processes'),
     *('test_published', 'test_resume', 'test_serve', 'test_sweep', 'test_targets_stage'),
 }
-
-jax.config.update('jax_num_cpu_devices', 8)
 
 
 def pytest_sessionstart() -> None:
@@ -47,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope='module', autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Unloads what was compiled before Linux has mapped 65,530 regions, its most, into a process."""
+    """Unloads compiled programs before Linux has mapped 65,530 regions, its most, for them."""
     yield
     maps = pathlib.Path('/proc/self/maps')
     if maps.exists() and maps.read_bytes().count(b'\n') > 20_000:
