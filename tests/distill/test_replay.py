@@ -10,18 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distill.checkpoint import CheckpointManager
 from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.objective import Objective, Term
 from distill.prompts import Sequences
-from distill.replay import empty_buffer, remembered, replayable, replayed
+from distill.replay import ReplayBuffer, empty_buffer, remembered, replayable, replayed
 from distill.rollout import Rollout
 from distill.step import Recipe, initial_state, make_train_step
 from distill.teacher import OnlineTeacher
 from distill.types import Batch
 from moe.config import AttentionConfig, TransformerConfig
 from moe.errors import InputError
+from moe.sharding import MeshConfig, batch_sharding, make_mesh
 from moe.transformer import Transformer
 
 B, T, V = 4, 8, 12
@@ -59,6 +61,25 @@ def test_a_sequence_is_kept_for_as_many_steps_as_stated():
     # 1200 draws of four alike: 300 each, with a deviation of 15.
     assert np.abs(counts - 300).max() < 75
     assert (drawn.lengths == 2).all()
+
+
+def test_rows_that_are_split_over_devices_are_drawn_alike():
+    def drawn(place):
+        buffer = place(empty_buffer(2, B, T))
+        for step in range(2):
+            rows = jnp.arange(B) != step
+            buffer = jax.jit(remembered)(buffer, jnp.int32(step), sequences(10 + step), rows)
+        return jax.device_get(jax.jit(replayed)(buffer, jnp.int32(2), jax.random.key(1)))
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    by_row = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = ReplayBuffer(Sequences(by_row, by_row, by_row), replicated)
+    one = drawn(lambda buffer: buffer)
+    jax.tree.map(
+        np.testing.assert_array_equal, drawn(lambda buffer: jax.device_put(buffer, shardings)), one
+    )
+    assert (one.lengths > 0).all()
 
 
 CONFIG = TransformerConfig(

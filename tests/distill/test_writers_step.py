@@ -20,6 +20,7 @@ from distill.step import initial_state, make_train_step
 from distill.teacher import EstimatedTeacher, OnlineTeacher
 from distill.writers import STUDENT, TEACHER, TEXT
 from moe.errors import InputError
+from moe.sharding import MeshConfig, make_mesh, variable_shardings
 from moe.transformer import Transformer
 
 MODEL = Transformer(TEACHER_CONFIG)
@@ -60,15 +61,18 @@ def rows():
     return with_rows(make_batch(), writers, as_rows(sequences, PAD))
 
 
+def update(made, place=lambda values: values):
+    """One update on those rows, and its metrics."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, 'roll_out', lambda *_, **__: Rolled(rows(), None, {}))
+        run = jax.jit(make_train_step(made))
+        state = initial_state(made, place(student()))
+        return jax.device_get(run(state, place(variables()[1]), make_batch()))
+
+
 @functools.cache
 def updated(micro_batches: int):
-    """One update on those rows, and its metrics."""
-    patched = pytest.MonkeyPatch()
-    with patched.context() as patch:
-        patch.setattr(step_module, 'roll_out', lambda *_, **__: Rolled(rows(), None, {}))
-        made = recipe(micro_batches)
-        run = jax.jit(make_train_step(made))
-        return jax.device_get(run(initial_state(made, student()), variables()[1], make_batch()))
+    return update(recipe(micro_batches))
 
 
 def reference() -> dict[str, float]:
@@ -117,6 +121,15 @@ def test_the_loss_is_that_of_each_writers_own_tokens():
 def test_micro_batches_add_up():
     close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
     jax.tree.map(close, updated(2), updated(1))
+
+
+def test_the_same_on_a_mesh_with_the_vocabulary_split():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model = Transformer(TEACHER_CONFIG, mesh)
+    place = lambda values: jax.device_put(values, variable_shardings(model, mesh))  # noqa: E731
+    got = update(recipe(model=model, teacher=OnlineTeacher(model)), place)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
+    jax.tree.map(close, got, updated(1))
 
 
 def test_returns_need_all_that_a_teacher_says():
