@@ -29,6 +29,7 @@ class TokenCorpus:
         pad_id: of the tokenizer.
         source_sha256: of the names and texts.
         tokenizer_fingerprint: of the tokenizer that made the ids.
+        routes: the number of each document's teacher; None where data choose none.
     """
 
     tokens: Int[np.ndarray, 'N']
@@ -36,6 +37,7 @@ class TokenCorpus:
     pad_id: int
     source_sha256: str
     tokenizer_fingerprint: str
+    routes: Int[np.ndarray, 'Docs'] | None = None
 
     @property
     def lengths(self) -> Int[np.ndarray, 'Docs']:

@@ -67,9 +67,14 @@ class DataConfig:
 
 def fingerprint(corpus: TokenCorpus, config: DataConfig) -> Fingerprint:
     """Describes what the sequence of batches depends on; the number of hosts is no part of it."""
+    routes = {}
+    if corpus.routes is not None:
+        numbers = np.ascontiguousarray(corpus.routes, np.int64)
+        routes = {'routes': hashlib.sha256(numbers.tobytes()).hexdigest()}
     return {
         'source': corpus.source_sha256,
         'tokenizer': corpus.tokenizer_fingerprint,
+        **routes,
         **dataclasses.asdict(config),
     }
 

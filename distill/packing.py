@@ -102,9 +102,10 @@ def fill_row(corpus: TokenCorpus, layout: RowLayout, row: int) -> dict[str, np.n
     """Cuts one row from the corpus.
 
     Returns:
-        The fields of `Batch`, each [T]. A label is the next token of the same document, even where
-        that stands in another row: a position is masked only where it is padding or holds the last
-        token (`eos`) of its document. Positions count from 0 in each piece.
+        The fields of `Batch`, each [T], `routes` where the corpus has them. A label is the next
+        token of the same document, even where that stands in another row: a position is masked only
+        where it is padding or holds the last token (`eos`) of its document. Positions count from 0
+        in each piece.
     """
     T = layout.seq_len
     tokens = np.full(T, corpus.pad_id, np.int32)
@@ -112,6 +113,7 @@ def fill_row(corpus: TokenCorpus, layout: RowLayout, row: int) -> dict[str, np.n
     mask = np.zeros(T, bool)
     segment_ids = np.zeros(T, np.int32)
     positions = np.zeros(T, np.int32)
+    routes = np.zeros(T, np.int32)
     offset = 0
     first, last = layout.row_bounds[row], layout.row_bounds[row + 1]
     for segment, piece in enumerate(range(first, last), start=1):
@@ -124,6 +126,8 @@ def fill_row(corpus: TokenCorpus, layout: RowLayout, row: int) -> dict[str, np.n
         mask[offset : offset + labelled] = True
         segment_ids[offset:end] = segment
         positions[offset:end] = np.arange(size)
+        if corpus.routes is not None:
+            routes[offset:end] = corpus.routes[document]
         offset = end
     return {
         'tokens': tokens,
@@ -131,6 +135,7 @@ def fill_row(corpus: TokenCorpus, layout: RowLayout, row: int) -> dict[str, np.n
         'mask': mask,
         'segment_ids': segment_ids,
         'positions': positions,
+        **({} if corpus.routes is None else {'routes': routes}),
     }
 
 

@@ -11,17 +11,17 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from distill.config import BalanceConfig, TrainConfig
-from distill.fused import fused_distillation_loss
 from distill.mtp_loss import mtp_loss, require_weight
-from distill.objective import Objective, Term
-from distill.returns import returns
+from distill.objective import Objective
+from distill.panel import TeacherPanel, panel_loss, require_panel
 from distill.rollout import Author, Rolled, Rollout, initial_replay, roll_out, rollout_key
 from distill.router_loss import router_loss
 from distill.router_match import matched, require_routers
 from distill.schedules import value_at
 from distill.teacher import OnlineTeacher, Teacher
 from distill.types import Batch, TrainState
-from distill.writers import STUDENT, TEACHER, require_writers, term_weights, tokens_by_writer
+from distill.writers import STUDENT, TEACHER, require_writers, tokens_by_writer
+from distill.written_loss import written_loss
 from moe.errors import InputError
 from moe.mtp import same_segment_ahead
 from moe.qk_clip import MAX_LOGITS, clip_heads, require_clippable
@@ -85,6 +85,10 @@ class Recipe:
                 )
         if self.objective.matches_routers:
             require_routers(self.model.config, self.teacher)
+        if isinstance(self.teacher, TeacherPanel):
+            require_panel(
+                self.teacher, writes=self.rollout is not None, ahead=self.objective.uses_mtp
+            )
         require_writers(self.objective, self.rollout and self.rollout.config)
         if self.rollout is not None:
             self._require_authors(self.rollout)
@@ -419,21 +423,21 @@ def _loss(
         'chunk_size': recipe.train.chunk_size,
         'mesh': model.mesh,
     }
-    next_terms, token_weights, measured = _of_writers(recipe, output, head, targets, part, whole)
-    loss, pairs = fused_distillation_loss(
-        output.hidden,
-        head,
-        targets,
-        (*terms, *next_terms),
-        labels=batch.labels,
-        mask=batch.mask,
-        token_weights=token_weights,
-        **settings,
-    )
-    if next_terms:
-        # The value of a surrogate means nothing; its gradient does.
-        pairs.popitem()
-    pairs |= measured
+    if isinstance(recipe.teacher, TeacherPanel):
+        shares = recipe.teacher.shares(batch)
+        known: Any = {'labels': batch.labels, 'mask': batch.mask, 'shares': shares}
+        loss, pairs = panel_loss(output.hidden, head, targets, terms, **known, **settings)
+    else:
+        loss, pairs = written_loss(
+            output.hidden,
+            head,
+            targets,
+            terms,
+            batch,
+            return_weight=recipe.objective.return_weight,
+            written=whole.written,
+            **settings,
+        )
     if output.ahead:
         further, more = mtp_loss(output.ahead, head, targets, terms, batch, **settings)
         loss += value_at(recipe.objective.mtp_weight, state.step) * further
@@ -460,33 +464,6 @@ def _loss(
         confidence=routers.confidence,
     )
     return loss, (totals, max_logits)
-
-
-def _of_writers(
-    recipe: Recipe, output: ModelOutput, head: Array, targets: Any, part: _Part, whole: _Whole
-) -> tuple[tuple[Term, ...], Array | None, dict[str, tuple[Array, Array]]]:
-    """Returns what who wrote a row adds to its loss.
-
-    Returns:
-        A term of the student's returns, where they count; the weights of all terms' tokens, that
-        one's among them; and its metrics.
-    """
-    batch, objective = part.batch, recipe.objective
-    terms = objective.terms
-    if whole.written is None or batch.writers is None:
-        return (), None, {}
-    if objective.return_weight == 0:
-        some = any(term.on is not None for term in terms)
-        weights = term_weights(terms, batch.writers, batch.mask, whole.written)
-        return (), weights if some else None, {}
-    surrogate = Term('cross_entropy', weight=objective.return_weight, on='student')
-    weights = term_weights((*terms, surrogate), batch.writers, batch.mask, whole.written)
-    size = recipe.train.chunk_size
-    future = returns(output.hidden, head, targets, batch, chunk_size=size)
-    counted = batch.mask & (batch.writers == STUDENT)[:, None]
-    future = jnp.where(counted, future, 0)
-    pair = (jnp.sum(future), jnp.sum(counted, dtype=jnp.float32))
-    return (surrogate,), weights.at[..., -1].multiply(future), {'return': pair}
 
 
 def _asked(recipe: Recipe, variables: Any, batch: Batch) -> tuple[Any, tuple[RouterOutput, ...]]:

@@ -20,6 +20,8 @@ class Batch:
         segment_ids: 1, 2, ... a document within a row; 0 for padding. Attention stays within one.
         positions: from 0 within each document.
         targets: what a teacher said of these rows before; None where it is asked, or there is none.
+        routes: the number of each token's teacher, where there are several and data choose among
+            them; None otherwise.
         writers: who wrote each row, by their place in `WRITERS`; None where all is text.
     """
 
@@ -29,6 +31,7 @@ class Batch:
     segment_ids: Int[Array, 'B T']
     positions: Int[Array, 'B T']
     targets: 'TopKTargets | SampledTargets | None' = None
+    routes: Int[Array, 'B T'] | None = None
     writers: Int[Array, 'B'] | None = None
 
 
