@@ -222,6 +222,20 @@ def term(name: str, **fields: float | str | bool | dict) -> ml_collections.Confi
     return term
 
 
+def further_teacher(checkpoint: str) -> ml_collections.ConfigDict:
+    """One teacher more: `config.more_teachers = dict(name=further_teacher('runs/x/teacher'))`."""
+    return ml_collections.ConfigDict(
+        dict(
+            source='checkpoint',  # or 'hf'
+            checkpoint=checkpoint,
+            dtype='float32',
+            provenance=provenance(),
+            model=model(),
+            weight=1.0,  # in the loss, beside those of the others
+        )
+    )
+
+
 def rollout() -> ml_collections.ConfigDict:
     """Fields of distill.RolloutConfig; set as `student.rollout` to learn on-policy."""
     return ml_collections.ConfigDict(
@@ -246,6 +260,7 @@ def get_config() -> ml_collections.ConfigDict:
         field='text',  # of a .jsonl or .parquet row; 'messages' is rendered as a conversation
         filter=config_dict.placeholder(str),  # of logs: an installed filter of personal data
         allow_unlicensed=False,  # of logs: whether rows without a `licence` are trained on
+        route_field=config_dict.placeholder(str),  # of a row: which of `more_teachers` teaches it
         max_bytes=8_000_000,  # of text that is read, whole documents at a time
         tokenizer='bpe',  # 'bpe' (trained once on the train split) or 'byte'
         vocab_size=4096,  # entries of the 'bpe' tokenizer
@@ -269,7 +284,9 @@ def get_config() -> ml_collections.ConfigDict:
         train=training(steps=400),
         mtp_weight=0.0,  # of the loss over tokens further ahead; above 0 with model.mtp_depth
         ema_decay=0.999,  # of 'ema', at each update
+        weight=1.0,  # in the loss, beside those of `more_teachers`
     )
+    config.more_teachers = _mapping()  # by names, `further_teacher()`
     config.targets = dict(
         kind='hidden',  # all of the teacher; or 'top_k', 'sampled', 'text'
         cached=False,  # written once by a stage, rather than made beside the student

@@ -204,6 +204,6 @@ _SUMMARY = _record(
         'student_start': _START,
         'comparison': _COMPARISON,
         'experts': _each(_EXPERTS),
-        'provenance': _record({'teacher': _PROVENANCE}),
+        'provenance': _entries(_PROVENANCE),
     },
 )

@@ -11,9 +11,8 @@ from moe.convert import pretrained_config
 from moe.surgery import EXECUTION, MODULES
 
 
-def published_teacher(values: dict[str, Any]) -> TransformerConfig | None:
-    """Puts a published teacher's architecture where the config describes its teacher."""
-    part = values.get('teacher')
+def published_teacher(part: Any) -> TransformerConfig | None:
+    """Puts a published teacher's architecture where the config describes the teacher."""
     if not isinstance(part, dict) or part.get('source') != 'hf' or not part.get('checkpoint'):
         return None
     folder = os.path.expanduser(part['checkpoint'])

@@ -1,5 +1,6 @@
 """What the stages of one launch share: config, folder, mesh, text, tokens; made when needed."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ml_collections
+import numpy as np
 
 from distill import distributed
 from distill.corpus import TokenCorpus, load_or_tokenize
@@ -30,8 +32,9 @@ from distill.types import Batch
 from experiments.filters import load_filter
 from experiments.fit import require_fit
 from experiments.identity import model_identity
+from experiments.panel_config import FurtherTeacherConfig
 from experiments.signals import StopSignal
-from experiments.study import StudyConfig, build_study
+from experiments.study import StudyConfig, TeacherConfig, build_study
 from experiments.tokenizers import folder_tokenizer
 from experiments.workdir import Workdir
 from moe.config import TransformerConfig
@@ -99,6 +102,11 @@ class Context:
         checkpoint = self.study.teacher.checkpoint
         return self.workdir.path / 'teacher' if checkpoint is None else pathlib.Path(checkpoint)
 
+    def folder_of(self, teacher: TeacherConfig | FurtherTeacherConfig) -> pathlib.Path:
+        """Where a teacher is."""
+        own = teacher.checkpoint
+        return self.teacher_folder if own is None else pathlib.Path(own)
+
     @functools.cached_property
     def ledger(self) -> Ledger | None:
         """The epochs of a folder of logs; None for text of another source."""
@@ -140,9 +148,25 @@ class Context:
     def _epoch_corpus(self, epoch: int) -> TokenCorpus:
         documents, tokenizer = self.epoch_documents(epoch), self.tokenizer
         folder = self.workdir.path / 'tokens'
-        return _writer_first(
+        corpus = _writer_first(
             lambda: load_or_tokenize(folder, documents, tokenizer), f'tokens of epoch {epoch}'
         )
+        return dataclasses.replace(corpus, routes=self._routes(documents))
+
+    def _routes(self, documents: list[Document]) -> np.ndarray | None:
+        """The number of each document's teacher, where a field of the data names it."""
+        data = self.study.data
+        if data.route_field is None:
+            return None
+        if self.ledger is not None:
+            raise InputError(
+                'data.route_field is for a source that does not grow; received the folder of logs '
+                f'{data.source!r}. Name its files with a glob, or leave the field out.'
+            )
+        named = read_documents(data.source, field=data.route_field)
+        names = {document.name: document.text.strip() for document in named}
+        numbers = {name: i for i, name in enumerate(self.study.more_teachers or {}, start=1)}
+        return np.array([numbers.get(names.get(doc.name, ''), 0) for doc in documents], np.int64)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -66,7 +66,7 @@ def model_card(context: Context) -> str:
             '',
             '# A student distilled with Fractional',
             '',
-            f'- Teacher: {_teacher(context)}.',
+            f'- Teacher: {_teacher(context)}{_others(context)}.',
             *_start(context),
             f'- Licence of the teacher: {licence or "not recorded"}. A student is bound by its '
             "teacher's licence and by that of the text.",
@@ -121,6 +121,11 @@ def _teacher(context: Context) -> str:
 def _start(context: Context) -> list[str]:
     start = started_from(context)
     return [] if start['method'] == 'random' else [f'- {student_start({"student_start": start})}']
+
+
+def _others(context: Context) -> str:
+    more = context.study.more_teachers or {}
+    return ''.join(f'; and {name}, of `{own.checkpoint}`' for name, own in more.items())
 
 
 def _comparison(comparison: dict[str, Any]) -> str:

@@ -37,7 +37,9 @@ def require_fit(study: StudyConfig, mesh: Mesh) -> None:
                 f'{key} must be a multiple of {shards}, the parts that the mesh axes data, fsdp '
                 f'and expert split its rows into; received {received}. Change it, or the mesh.'
             )
-    for who, config in (('teacher', study.teacher.model), ('student', study.student.model)):
+    more = {f'more_teachers.{name}': own.model for name, own in (study.more_teachers or {}).items()}
+    models = {'teacher': study.teacher.model, 'student': study.student.model} | more
+    for who, config in models.items():
         try:
             variable_shardings(Transformer(config), mesh)
         except InputError as error:

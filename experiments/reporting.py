@@ -30,17 +30,17 @@ UNITS = {
 _TRAINED = ('teacher', 'student', 'control')
 
 
-def write_study_report(context: Context, *, teacher: dict[str, Any]) -> None:
+def write_study_report(context: Context, *, provenance: dict[str, Any]) -> None:
     """Writes the report, and prints the table, where the report is and what to try next.
 
     Args:
         context: of the study.
-        teacher: its provenance.
+        provenance: of each teacher, by what the report calls it.
     """
     if not distributed.is_writer():
         return
     evaluation = context.workdir.require_result('evaluate', wanted_by='report')
-    summary = _summary(context, evaluation) | {'provenance': {'teacher': teacher}}
+    summary = _summary(context, evaluation) | {'provenance': provenance}
     maps = context.workdir.path / ROUTING_MAPS
     page = write_report(
         context.workdir.path,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from distill.config import BalanceConfig, TrainConfig
 from distill.loop import Stopped
 from distill.objective import Objective
 from distill.optimizer import OptimizerConfig, make_optimizer
+from distill.panel import TeacherPanel
+from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.provenance import Provenance, require_permission
 from distill.rollout import Rollout
 from distill.step import Recipe
@@ -25,6 +28,7 @@ from experiments.context import Context
 from experiments.evaluation import evaluate_models
 from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
+from experiments.panel_config import FurtherTeacherConfig
 from experiments.remote_scores import (
     remote_teacher_facts,
     require_texts_of_teacher,
@@ -32,7 +36,7 @@ from experiments.remote_scores import (
 )
 from experiments.reporting import write_study_report
 from experiments.seen import record_seen, refuse_seen
-from experiments.study import OWN_TEACHER
+from experiments.study import OWN_TEACHER, TeacherConfig
 from experiments.targets import online_estimator, open_targets, write_targets
 from experiments.training import Run, load_model, model_sha256, train_model
 from moe.config import TransformerConfig
@@ -207,7 +211,9 @@ def evaluate(context: Context) -> dict[str, Any]:
 def report(context: Context) -> dict[str, Any]:
     """Writes summary.json, report.html and the pictures, and prints the table."""
     context.workdir.require_result('evaluate', wanted_by='report')
-    write_study_report(context, teacher=_teacher_facts(context)['provenance'])
+    facts = _teacher_facts(context)
+    others = {f'teacher {name}': own['provenance'] for name, own in _others(facts).items()}
+    write_study_report(context, provenance={'teacher': facts['provenance']} | others)
     return {}
 
 
@@ -233,20 +239,27 @@ STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
 USUAL_STAGES = tuple(name for name in STAGES if name != 'export')
 
 
-def load_teacher(context: Context) -> tuple[Transformer, Any]:
-    """Loads the frozen teacher in its own dtype, each array on the devices that hold it."""
-    config = context.study.teacher
+def load_teacher(
+    context: Context, further: FurtherTeacherConfig | None = None
+) -> tuple[Transformer, Any]:
+    """Loads the frozen teacher in its own dtype, each array on the devices that hold it.
+
+    Args:
+        context: of the study.
+        further: another teacher than the first.
+    """
+    config = further or context.study.teacher
+    folder = context.folder_of(config)
     if config.source == 'hf':
-        _, published = load_pretrained(
-            context.teacher_folder, mesh=context.mesh, dtype=config.dtype
-        )
+        if further is not None:
+            _require_same_tokenizer(context, folder)
+        _, published = load_pretrained(folder, mesh=context.mesh, dtype=config.dtype)
         return context.model(config.model), {'routing': {}} | published
     if config.source == 'ema':
         model = context.model(config.model)
         folder = context.workdir.path / 'student' / 'ema'
         return model, load_model(folder, model, context.mesh, context.identity(model.config))
     trained = context.model(config.model)
-    folder = context.teacher_folder
     if config.checkpoint is not None:
         refuse_seen(folder, context.split[1], key='config.teacher.checkpoint')
     variables = load_model(
@@ -261,11 +274,14 @@ def load_teacher(context: Context) -> tuple[Transformer, Any]:
     return model, variables | {'params': cast(variables['params'])}
 
 
-def _teacher_sha256(context: Context) -> str:
-    folder = context.teacher_folder
-    if context.study.teacher.source == 'hf':
-        return folder_sha256(folder)
-    return model_sha256(folder / 'model')
+def _require_same_tokenizer(context: Context, folder: pathlib.Path) -> None:
+    """Refuses a published teacher that reads other ids than the first."""
+    own, ours = PretrainedTokenizer(str(folder)).fingerprint, context.tokenizer.fingerprint
+    if own != ours:
+        raise InputError(
+            f'The tokenizer of {folder} must be that of the study, {ours}; it is {own}. Teachers '
+            'together need one vocabulary: choose one of the same family.'
+        )
 
 
 def _online_teacher(context: Context) -> tuple[Teacher, Any]:
@@ -277,34 +293,61 @@ def _online_teacher(context: Context) -> tuple[Teacher, Any]:
         return OnlineTeacher(context.model(context.study.student.model)), {}
     model, variables = load_teacher(context)
     online = OnlineTeacher(model)
+    if context.study.more_teachers:
+        return _panel(context, online, variables)
     if context.study.targets.kind == 'hidden':
         return online, variables
     return EstimatedTeacher(online, online_estimator(context, model, variables)), variables
 
 
+def _panel(context: Context, first: OnlineTeacher, variables: Any) -> tuple[Teacher, Any]:
+    """The first teacher and the others, together."""
+    more = context.study.more_teachers or {}
+    loaded = [load_teacher(context, config) for config in more.values()]
+    teachers = (first, *(OnlineTeacher(model) for model, _ in loaded))
+    weights = (context.study.teacher.weight, *(config.weight for config in more.values()))
+    return TeacherPanel(teachers, weights), (variables, *(own for _, own in loaded))
+
+
 def _teacher_facts(context: Context) -> dict[str, Any]:
-    """Who the teacher is: the hash of its weights and its provenance."""
-    config = context.study.teacher
+    """Who the teacher is: the hash of its weights and its provenance; and who the others are."""
+    more = context.study.more_teachers or {}
+    others = {name: _facts_of(context, config) for name, config in more.items()}
+    return _facts_of(context, context.study.teacher) | ({'others': others} if others else {})
+
+
+def _others(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those who taught beside the first, by name."""
+    return facts.get('others', {})
+
+
+def _facts_of(context: Context, config: TeacherConfig | FurtherTeacherConfig) -> dict[str, Any]:
     if config.source == 'remote':
-        return remote_teacher_facts(config)
+        return remote_teacher_facts(context.study.teacher)
     if config.source == 'ema':
+        decay = context.study.teacher.ema_decay
         known = dataclasses.replace(
-            OWN_TEACHER, name='an average of the student', version=f'decay {config.ema_decay}'
+            OWN_TEACHER, name='an average of the student', version=f'decay {decay}'
         )
         return {'provenance': dataclasses.asdict(config.provenance.filled(known))}
-    sha256 = _teacher_sha256(context)
+    folder = context.folder_of(config)
+    published = config.source == 'hf'
+    sha256 = folder_sha256(folder) if published else model_sha256(folder / 'model')
     own = dataclasses.replace(OWN_TEACHER, version=sha256[:16])
-    if context.study.teacher.source == 'hf':
-        own = Provenance(name=context.teacher_folder.name, version=sha256[:16])
-    elif context.study.teacher.checkpoint is not None:
-        folder = context.teacher_folder / 'model'
-        own = dataclasses.replace(own, name=f'checkpoint {folder.parent.name!r} of another study')
+    if published:
+        own = Provenance(name=folder.name, version=sha256[:16])
+    elif config.checkpoint is not None:
+        own = dataclasses.replace(own, name=f'checkpoint {folder.name!r} of another study')
         # What was taught itself is under its own teacher's terms.
-        taught_by = read_metadata(folder).metadata['identity'].get('teacher')
+        taught_by = read_metadata(folder / 'model').metadata['identity'].get('teacher')
         if isinstance(taught_by, dict):
-            terms = {key: taught_by['provenance'][key] for key in ('licence', 'permits_training')}
-            own = dataclasses.replace(own, **terms)
-    provenance = context.study.teacher.provenance.filled(own)
+            terms = [facts['provenance'] for facts in (taught_by, *_others(taught_by).values())]
+            own = dataclasses.replace(
+                own,
+                licence=' and '.join(dict.fromkeys(one['licence'] for one in terms)),
+                permits_training=all(one['permits_training'] for one in terms),
+            )
+    provenance = config.provenance.filled(own)
     require_permission(provenance, 'The teacher')
     return {'sha256': sha256, 'provenance': dataclasses.asdict(provenance)}
 

@@ -21,6 +21,7 @@ from distill.writers import require_writers
 from experiments.architectures import own_architecture, published_start, published_teacher
 from experiments.build import build
 from experiments.init_config import InitConfig
+from experiments.panel_config import FurtherTeacherConfig, require_together
 from experiments.remote_checks import require_askable, require_text_alone
 from experiments.remote_config import RemoteConfig
 from experiments.tokenizers import folder_tokenizer
@@ -40,6 +41,8 @@ class TextConfig:
         filter: of a folder of logs: the installed filter that takes out what is personal; None for
             none. See `experiments.filters`.
         allow_unlicensed: of a folder of logs: whether rows without a licence are trained on.
+        route_field: of a row, whose text names its teacher, one of `more_teachers`; any other text
+            is the first teacher's. None lets all teach all.
         max_bytes: of text that is read, whole documents at a time.
         tokenizer: 'byte', or 'bpe', trained once on the train split.
         vocab_size: entries of the 'bpe' tokenizer.
@@ -60,6 +63,7 @@ class TextConfig:
     held_out_documents: int
     seq_len: int
     batch_size: int
+    route_field: str | None = None
 
     def __post_init__(self) -> None:
         for name in ('max_bytes', 'vocab_size', 'held_out_documents', 'seq_len', 'batch_size'):
@@ -95,6 +99,7 @@ class TeacherConfig:
         mtp_weight: of its loss over tokens further ahead, with `model.mtp_depth`.
         ema_decay: of the average, with source='ema': after each update it is `ema_decay` times
             itself and the rest the new parameters; in [0, 1).
+        weight: in the loss, beside those of `more_teachers`; positive.
     """
 
     source: Literal['train', 'checkpoint', 'hf', 'remote', 'ema']
@@ -107,6 +112,7 @@ class TeacherConfig:
     train: TrainConfig
     mtp_weight: float | Schedule = 0.0
     ema_decay: float = 0.999
+    weight: float = 1.0
 
     @property
     def own_decay(self) -> float | None:
@@ -115,6 +121,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.ema_decay < 1, 'teacher.ema_decay', 'in [0, 1)', self.ema_decay)
+        require(self.weight > 0, 'teacher.weight', 'positive', self.weight)
         if (self.source in ('train', 'remote', 'ema')) != (self.checkpoint is None):
             raise InputError(
                 "config.teacher.checkpoint is a trained stage's folder and goes with "
@@ -349,6 +356,7 @@ class StudyConfig:
     student: StudentConfig
     control: ControlConfig
     evaluate: EvaluateConfig
+    more_teachers: dict[str, FurtherTeacherConfig] | None = None
 
     @property
     def target_steps(self) -> int:
@@ -376,6 +384,13 @@ class StudyConfig:
             )
         if self.teacher.source == 'ema':
             self._require_own_average()
+        require_together(
+            self.more_teachers,
+            route_field=self.data.route_field,
+            kind=self.targets.kind,
+            source=self.teacher.source,
+            on_policy=self.student.rollout is not None,
+        )
         # What a checkpoint holds is found out when there is a mesh and text to ask it with.
         init = self.student.init
         if self.teacher.source == 'remote':
@@ -385,11 +400,12 @@ class StudyConfig:
         targets = self.targets
         if self.student.rollout is not None:
             self.student.rollout.require_room(self.data.seq_len)
-            if targets.cached:
+            if targets.cached or self.teacher.source == 'remote':
                 raise InputError(
                     'student.rollout needs a teacher that runs beside the student, to judge what '
-                    'was not written before; received targets.cached=True. Set it to False, or '
-                    'leave the rollout out.'
+                    f'was not written before; received targets.cached={targets.cached}, '
+                    f'teacher.source={self.teacher.source!r}. Set cached=False and take a teacher '
+                    'whose weights are here, or leave the rollout out.'
                 )
         if self.student.objective().matches_routers:
             required = "'hidden' with student.router_match_weight: others say nothing of routers"
@@ -435,16 +451,23 @@ def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
             names the path of the key.
     """
     values = config.to_dict()
-    published = published_teacher(values)
+    published = published_teacher(values.get('teacher'))
     published_start(values)
     own_architecture(values)
+    more = values.get('more_teachers')
+    others = list(more.values()) if isinstance(more, dict) else []
+    for part in others:
+        published_teacher(part)
     if isinstance(values.get('data'), dict):
         vocab_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
         if published is not None:
             vocab_size = published.vocab_size
         vocab_size = _remote_vocab_size(values) or vocab_size
-        for who in ('teacher', 'student'):
-            _set_vocab_size(values, who, vocab_size)
+        parts = {who: values.get(who) for who in ('teacher', 'student')}
+        if isinstance(more, dict):
+            parts |= {f'more_teachers.{name}': part for name, part in more.items()}
+        for who, part in parts.items():
+            _set_vocab_size(part, who, vocab_size)
     return build(StudyConfig, values, 'config')
 
 
@@ -460,9 +483,8 @@ def _remote_vocab_size(values: dict[str, Any]) -> int | None:
     return folder_tokenizer(os.path.expanduser(folder)).vocab_size
 
 
-def _set_vocab_size(values: dict[str, Any], who: str, vocab_size: int) -> None:
+def _set_vocab_size(part: Any, who: str, vocab_size: int) -> None:
     """Gives a model the vocabulary that the tokenizer has; leaves a malformed config to `build`."""
-    part = values.get(who)
     model = part.get('model') if isinstance(part, dict) else None
     if isinstance(model, dict):
         if 'vocab_size' in model:

@@ -19,6 +19,7 @@ from distill.optimizer import OptimizerConfig
 from distill.provenance import Provenance
 from distill.schedules import Schedule
 from experiments.init_config import InitConfig
+from experiments.panel_config import FurtherTeacherConfig
 from experiments.remote_config import RemoteConfig
 from experiments.study import (
     ControlConfig,
@@ -123,6 +124,8 @@ def test_base_has_every_key():
         assert keys[path] == {field.name for field in dataclasses.fields(cls)} - derived, path
     # Of what is None there.
     assert set(base.rollout()) == {field.name for field in dataclasses.fields(RolloutConfig)}
+    further = {field.name for field in dataclasses.fields(FurtherTeacherConfig)}
+    assert set(base.further_teacher('runs/x/teacher')) == further
 
 
 def test_what_is_none_can_be_set_on_the_command_line():

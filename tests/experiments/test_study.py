@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from tiny import get_config
 
+from configs import base
 from experiments.build import build
 from experiments.fit import batch_shards, require_fit
 from experiments.init_config import InitConfig
@@ -63,6 +64,7 @@ PUBLISHED = {
 }
 CACHED = {'targets__kind': 'top_k', 'targets__cached': True}
 EMA = {'teacher__source': 'ema'}
+MORE = {'more_teachers': dict(maths=base.further_teacher('runs/maths/teacher'))}
 ROLLOUT = {'student__rollout': dict(lmbda=0.5, max_new_tokens=8)}
 DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0.0}
 
@@ -92,6 +94,15 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
         (EMA | {'targets__kind': 'top_k'}, "teacher.source='ema' changes with every update"),
         (EMA | UPCYCLED, 'needs a teacher that is there before the student'),
         ({'teacher__ema_decay': 1.0}, r'teacher.ema_decay must be in [0, 1); received 1.0'),
+        (MORE | EMA, "more_teachers (maths) cannot go with teacher.source='ema'"),
+        (MORE | ROLLOUT, 'more_teachers (maths) cannot go with student.rollout'),
+        (MORE | {'targets__kind': 'top_k'}, "cannot go with targets.kind='top_k'"),
+        ({'data__route_field': 'subject'}, "data.route_field='subject' chooses among several"),
+        ({'teacher__weight': 0.0}, 'teacher.weight must be positive'),
+        (
+            {'more_teachers': dict(maths=dict(source='train'))},
+            "config.more_teachers.maths.source must be one of 'checkpoint', 'hf'",
+        ),
         ({'targets__path': 'x'}, 'targets.path and targets.steps need targets.cached=True'),
         ({'targets__kind': 'top_k', 'targets__k': 0}, 'targets.k must be at least 1'),
         ({'targets__temperature': 2.0}, "targets.temperature must be 1 for kind='hidden'"),
@@ -203,6 +214,18 @@ def test_tokens_further_ahead_are_weighed_for_teacher_and_student():
     study = built(teacher__model__mtp_depth=1, student__model__mtp_depth=2, **weights)
     assert study.teacher.objective().mtp_weight == 0.3
     assert study.student.objective().mtp_weight == 0.1
+
+
+def test_further_teachers_have_the_vocabulary_of_the_study():
+    study = built(**MORE, data__route_field='subject')
+    assert study.more_teachers['maths'].model.vocab_size == study.teacher.model.vocab_size == 259
+
+
+def test_the_students_average_has_its_architecture():
+    study = built(**EMA, **ROLLOUT)
+    assert study.teacher.model == study.student.model
+    assert study.teacher.own_decay == 0.999
+    assert built().teacher.own_decay is None
 
 
 def test_lets_a_term_begin_or_end_at_zero():
