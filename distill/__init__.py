@@ -36,6 +36,7 @@ from distill.divergences import (
 from distill.estimators import SampledEstimator, TopKEstimator
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
+from distill.panel import TeacherPanel
 from distill.provenance import Provenance
 from distill.remote import RemoteServer, Request
 from distill.returns import normalized_returns
@@ -77,6 +78,7 @@ __all__ = [
     'SpanAlignment',
     'SpanLoss',
     'TargetsWriter',
+    'TeacherPanel',
     'Term',
     'TopKEstimator',
     'TopKTargets',
