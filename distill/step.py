@@ -265,7 +265,10 @@ def _update(
 
 
 def _average(decay: float | None, average: Any, new: Any) -> Any:
-    """Moves an average towards the new: `decay average + (1 - decay) new`; None where none is."""
+    """Moves an average towards the new: `decay average + (1 - decay) new`; None where none is.
+
+    Source: mean teacher, arXiv 1703.01780, section 2; without its ramp-up of the decay.
+    """
     if decay is None:
         return None
     return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, new)
