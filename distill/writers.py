@@ -49,7 +49,7 @@ def term_weights(
         mask: True where the token counts.
         tokens: `M_w` of each writer, of the whole batch.
 
-    Source: with 'skew_forward_kl' on the teacher's sequences and 'skew_reverse_kl' on the student's,
+    Source: 'skew_forward_kl' on the teacher's sequences with 'skew_reverse_kl' on the student's,
         each of weight 1/2, the contrast of DistiLLM-2, arXiv 2503.07067, section 3.1. There both
         complete every prompt, here one of them does; and its schedules of `lam` and weight by
         difficulty are left out.
