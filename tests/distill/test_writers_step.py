@@ -63,8 +63,9 @@ def rows():
 
 def update(made, place=lambda values: values):
     """One update on those rows, and its metrics."""
+    rolled = Rolled(rows(), None, {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_module, 'roll_out', lambda *_, **__: Rolled(rows(), None, {}))
+        patch.setattr(step_module, 'roll_out', lambda *_, **__: rolled)
         run = jax.jit(make_train_step(made))
         state = initial_state(made, place(student()))
         return jax.device_get(run(state, place(variables()[1]), make_batch()))
