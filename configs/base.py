@@ -223,7 +223,7 @@ def term(name: str, **fields: float | str | bool | dict) -> ml_collections.Confi
 
 
 def further_teacher(checkpoint: str) -> ml_collections.ConfigDict:
-    """One teacher more: `config.more_teachers = dict(name=further_teacher('runs/x/teacher'))`."""
+    """Fields of experiments.panel_config.FurtherTeacherConfig."""
     return ml_collections.ConfigDict(
         dict(
             source='checkpoint',  # or 'hf'
@@ -233,6 +233,13 @@ def further_teacher(checkpoint: str) -> ml_collections.ConfigDict:
             model=model(),
             weight=1.0,  # in the loss, beside those of the others
         )
+    )
+
+
+def further_teachers(**checkpoints: str) -> ml_collections.ConfigDict:
+    """Teachers besides the first, by names: `further_teachers(maths='runs/maths/teacher')`."""
+    return ml_collections.ConfigDict(
+        {name: further_teacher(folder) for name, folder in checkpoints.items()}
     )
 
 
@@ -286,7 +293,7 @@ def get_config() -> ml_collections.ConfigDict:
         ema_decay=0.999,  # of 'ema', at each update
         weight=1.0,  # in the loss, beside those of `more_teachers`
     )
-    config.more_teachers = _mapping()  # by names, `further_teacher()`
+    config.more_teachers = _mapping()  # `further_teachers()`
     config.targets = dict(
         kind='hidden',  # all of the teacher; or 'top_k', 'sampled', 'text'
         cached=False,  # written once by a stage, rather than made beside the student

@@ -4,8 +4,8 @@
 
 The figure to look at is `kl_on_own_text`, beside `kl_from_teacher`, which is of held-out text.
 
-Hardware: two CPU cores (x86-64 with AVX-512), 2 GB of memory. Not measured to its end yet: no
-result is claimed here.
+Hardware: two CPU cores (x86-64 with AVX-512), 2 GB of memory. The minutes it takes, and what comes
+out, have not been measured to the end yet: no result is claimed here.
 """
 
 import ml_collections

@@ -17,8 +17,8 @@ from distill.tokenizer import ByteTokenizer
 from distill.types import Batch
 from moe.errors import InputError
 
-# A pipeline's batches have no targets.
-FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != 'targets']
+# A pipeline's batches have what every batch has.
+FIELDS = [f.name for f in dataclasses.fields(Batch) if f.default is dataclasses.MISSING]
 PACKINGS = ['concat_split', 'first_fit']
 LENGTHS = [9, 2, 17, 5, 5, 30, 3, 11]
 CONFIG = DataConfig(seq_len=7, batch_size=4, seed=3)

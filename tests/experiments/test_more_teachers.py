@@ -17,9 +17,9 @@ def get_config():
     config = tiny.get_config()
     config.student.model.moe = None
     config.student.balance.selection_bias_rate = 0.0
-    more = base.further_teacher('MORE')
-    more.model = config.teacher.model.copy_and_resolve_references()
-    config.more_teachers = dict(verse=more)
+    more = base.further_teachers(verse='MORE')
+    more.verse.model = config.teacher.model.copy_and_resolve_references()
+    config.more_teachers = more
     return config
 """
 

@@ -64,7 +64,7 @@ PUBLISHED = {
 }
 CACHED = {'targets__kind': 'top_k', 'targets__cached': True}
 EMA = {'teacher__source': 'ema'}
-MORE = {'more_teachers': dict(maths=base.further_teacher('runs/maths/teacher'))}
+MORE = {'more_teachers': base.further_teachers(maths='runs/maths/teacher')}
 ROLLOUT = {'student__rollout': dict(lmbda=0.5, max_new_tokens=8)}
 DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0.0}
 
