@@ -336,7 +336,28 @@ def get_config() -> ml_collections.ConfigDict:
         prefill_batch=16,  # rows of the throughput measurement
         chip='cpu-2vcpu',  # whose price per hour is charged
         prompts=('def ', 'The ', 'import '),
+        sample_documents=5,  # held-out documents whose beginnings are prompts too
         sample_tokens=96,
         temperature=0.7,
+    )
+    config.exams = dict(  # none, unless some are named
+        tasks=(),  # of lm-eval, by name; with the extra `eval`, and their data on this machine
+        tasks_path=config_dict.placeholder(str),  # a folder of more tasks' YAML files
+        shots=config_dict.placeholder(int),  # examples before a question; None for each task's own
+        limit=config_dict.placeholder(int),  # questions of a task, and of GSM8K; None for all
+        gsm8k=dict(
+            test=config_dict.placeholder(str),  # a .jsonl of `question` and `answer`
+            train=config_dict.placeholder(str),  # that the examples are drawn from
+            shots=5,
+            max_new_tokens=256,
+        ),
+        needle=dict(  # facts in long texts
+            lengths=(),  # tokens
+            depths=(0.0, 0.25, 0.5, 0.75, 1.0),
+            trials=8,  # of each length and depth
+            keys=4,  # facts in a text, that the model chooses between
+        ),
+        rows=8,  # texts at once
+        max_length=2048,  # tokens of a question and its answer
     )
     return config

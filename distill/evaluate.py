@@ -6,7 +6,7 @@ So any statistic of the corpus, and its bootstrap over documents, can be formed 
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from distill.calibration import calibration_error
 from distill.data import EvaluationSet
 from distill.eval_step import make_eval_step
 from distill.statistics import Estimate, paired_difference, paired_quotient, ratio
-from distill.types import Batch
 from moe.balance import load_statistics
 from moe.errors import InputError
 from moe.sharding import batch_sharding
 from moe.transformer import Transformer
+
+# Any tree of arrays whose first axis is rows.
+Rows = TypeVar('Rows')
 
 # Of those that `load_statistics` computes, what a summary has.
 EXPERT_STATISTICS = ('max_violation', 'entropy', 'gini', 'drop_fraction')
@@ -153,7 +155,7 @@ def _require_divisible(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
         )
 
 
-def placed(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
+def placed(batch: Rows, mesh: jax.sharding.Mesh | None) -> Rows:
     """Puts a batch that every process holds whole onto the mesh, each device its own rows."""
     if mesh is None:
         return batch

@@ -55,6 +55,7 @@ figure { margin: 0 0 1.5rem; } figure img { width: 100%; height: auto; display: 
 .teacher, .sample h3.teacher { color: var(--teacher); }
 .student, .sample h3.student { color: var(--student); }
 .control, .sample h3.control { color: var(--control); }
+a { color: var(--student); }
 .samples {
   display: grid; gap: .75rem; margin: 0 0 1.75rem;
   grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr));

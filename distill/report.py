@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill import balance_pictures, pictures, quality_pictures, routing_pictures
+from distill import balance_pictures, exam_pictures, pictures, quality_pictures, routing_pictures
+from distill.completions import FILE, Samples, completions_page, side_by_side
+from distill.exam_table import exam_rows, exams_of
 from distill.load_history import LoadHistory
 from distill.metrics import format_duration, format_quantity
 from distill.page import PAGE
@@ -21,6 +23,7 @@ from distill.summary import validate_summary
 from distill.tables import (
     NOT_MEASURED,
     Cell,
+    Row,
     headline,
     measured_models,
     percent,
@@ -30,7 +33,8 @@ from distill.tables import (
 
 Summary = Mapping[str, Any]
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
-Samples = Mapping[str, Sequence[Mapping[str, str]]]
+# Of all prompts; the page of completions has the others.
+SHOWN_SAMPLES = 3
 
 ABSENT = '\u2013'
 
@@ -48,13 +52,15 @@ def write_report(
 ) -> Path:
     """Writes `summary.json`, `report.html` and `pictures/*.png` under the workdir.
 
+    Where there are samples, `completions.html` beside them has all, side by side.
+
     The page needs nothing besides itself. Each file is replaced whole, so a reader never sees half.
 
     Args:
         workdir: of the study; made where missing.
         summary: of the schema of `summary.json`; what was not measured is absent.
         curves: rows of training metrics for each model, in order.
-        samples: for each model its texts, `{'prompt', 'text'}`, in the same order for every model.
+        samples: for each model its texts, as `distill.completions.side_by_side` takes them.
         expert_load: the student's assignments to each expert on held-out text, `[MoE layers, E]`,
             in the order of `summary['experts']`.
         routing: counts of the student's routing on held-out text.
@@ -82,6 +88,8 @@ def write_report(
         _replace(workdir / 'pictures' / f'{name}.png', image)
     text = json.dumps(summary, indent=2, allow_nan=False)
     _replace(workdir / 'summary.json', text.encode() + b'\n')
+    if any(samples.values()):
+        _replace(workdir / FILE, completions_page(samples).encode())
     _replace(workdir / 'report.html', render(summary, samples, images).encode())
     return workdir / 'report.html'
 
@@ -107,6 +115,8 @@ def _figures(
     if any('bits_per_byte' in model and 'flops_per_token' in model for model in models):
         figures['cost_quality'] = pictures.cost_quality(summary)
     figures |= quality_pictures.drawn(summary)
+    if any(model.get('needle') for model in models):
+        figures['needle'] = exam_pictures.needle(summary)
     layers = [row['layer'] for row in summary.get('experts', ())]
     if load is not None and len(load):
         figures['expert_load'] = pictures.expert_load(load, layers or None)
@@ -161,6 +171,7 @@ def render(summary: Summary, samples: Samples, images: Mapping[str, bytes]) -> s
         _section('Learning', _picture(images, 'learning_curves')),
         _section('What quality costs', _picture(images, 'cost_quality')),
         _section('How sure, how close', _quality(images)),
+        _section('Examined', _exams(summary) + _picture(images, 'needle')),
         _section('Experts', _experts(summary, images)),
         _section('In their own words', _samples(samples)),
         _section('The price, step by step', _prices(summary)),
@@ -176,6 +187,7 @@ PICTURES = {
     'cost_quality': 'Down and to the left is better. Bars are 95 % intervals over held-out '
     'documents.',
     **quality_pictures.CAPTIONS,
+    **exam_pictures.CAPTIONS,
     'expert_load': "How often the student's routers chose each expert on held-out text, relative "
     'to an even share: 1 is balanced, 0 is an expert that is never used.',
     'balance_over_steps': "How far each router's busiest expert lay above the mean load while the "
@@ -228,17 +240,33 @@ def _key_figures(summary: Summary) -> str:
 
 
 def _model_table(summary: Summary) -> str:
+    text = 'Small figures are 95 % bootstrap intervals over held-out documents.'
+    note = f'<p class="note">{escape(" ".join([text, student_start(summary)]).strip())}</p>'
+    return _by_model(summary, table_rows(summary)) + note
+
+
+def _exams(summary: Summary) -> str:
+    exams = exams_of(summary)
+    if not exams:
+        return ''
+    note = (
+        '<p class="note">Small figures are 95 % intervals over the questions, and the standard '
+        "error (\u00b1). A share of the teacher's score is paired by question where each has a "
+        'grade of its own.</p>'
+    )
+    return _by_model(summary, exam_rows(exams)) + note
+
+
+def _by_model(summary: Summary, rows: Sequence[Row]) -> str:
     head = ''.join(
         f'<th scope="col" class="{name}">{escape(name)}</th>' for name in measured_models(summary)
     )
-    rows = []
-    for row in table_rows(summary):
+    body = []
+    for row in rows:
         unit = f'<small>{escape(row.unit)}</small>' if row.unit else ''
         cells = ''.join(map(_cell, row.cells))
-        rows.append(f'<tr><th scope="row">{escape(row.label)}{unit}</th>{cells}</tr>')
-    text = 'Small figures are 95 % bootstrap intervals over held-out documents.'
-    note = f'<p class="note">{escape(" ".join([text, student_start(summary)]).strip())}</p>'
-    return _table(f'<th></th>{head}', rows) + note
+        body.append(f'<tr><th scope="row">{escape(row.label)}{unit}</th>{cells}</tr>')
+    return _table(f'<th></th>{head}', body)
 
 
 def _cell(cell: Cell) -> str:
@@ -302,18 +330,11 @@ def _expert_table(summary: Summary) -> str:
 
 
 def _samples(samples: Samples) -> str:
-    """Renders each prompt once, with every model's continuation under it."""
-    blocks = []
-    for index in range(max(map(len, samples.values()), default=0)):
-        texts = {name: rows[index] for name, rows in samples.items() if index < len(rows)}
-        prompt = next(iter(texts.values()))['prompt']
-        cards = ''.join(
-            f'<div class="sample"><h3 class="{escape(name)}">{escape(name)}</h3>'
-            f'<pre><mark>{escape(row["prompt"])}</mark>{escape(row["text"])}</pre></div>'
-            for name, row in texts.items()
-        )
-        blocks.append(f'<div class="samples" aria-label="{escape(prompt)}">{cards}</div>')
-    return ''.join(blocks)
+    """Renders the first prompts, and where the others are."""
+    count = max(map(len, samples.values()), default=0)
+    rest = count - SHOWN_SAMPLES
+    link = f'<p><a href="{FILE}">{rest} more beginnings, side by side</a></p>' if rest > 0 else ''
+    return side_by_side(samples, limit=SHOWN_SAMPLES) + link
 
 
 def _prices(summary: Summary) -> str:

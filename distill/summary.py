@@ -142,12 +142,20 @@ def _estimate(value: Any, where: str, problems: Problems) -> None:
 _PRICE = _record({'value': _number, 'chip': _text, 'price_source': _json, 'basis': _json})
 _RELIABILITY = _record({'confidence': _number, 'accuracy': _estimate, 'tokens': _count})
 _AGREEMENT = _record({'from': _count, 'to': _count, 'tokens': _count, 'agreement': _estimate})
+_SCORE = {'value': _number}, {'low': _number, 'high': _number, 'standard_error': _number}
+_EXAM = _record(
+    _SCORE[0] | {'questions': _count},
+    _SCORE[1] | {'higher_is_better': _flag, 'retained': _record(*_SCORE)},
+)
+_NEEDLE = _record({'length': _count, 'depth': _number, 'value': _number, 'questions': _count})
 _MODEL = _record(
     {},
     {
         **dict.fromkeys(METRICS, _estimate),
         'reliability': _each(_RELIABILITY),
         'agreement_by_position': _each(_AGREEMENT),
+        'exams': _entries(_EXAM),
+        'needle': _each(_NEEDLE),
         'parameters': _record({'total': _count, 'active': _count}),
         'flops_per_token': _number,
         'bytes_per_token': _number,

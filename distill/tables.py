@@ -1,4 +1,4 @@
-"""What a summary says, in words and in columns: headline, table rows, terminal table."""
+"""What a summary says, in words and in columns: headline and table rows."""
 
 import dataclasses
 import math
@@ -49,18 +49,19 @@ def percent(share: float) -> str:
     return f'{100 * share:.1f} %'
 
 
-def _three(number: float) -> str:
+def three(number: float) -> str:
+    """Formats a number with three decimals."""
     return f'{number:.3f}'
 
 
 Format = Callable[[float], str]
 
 _METRIC_ROWS: dict[str, tuple[str, str, Format]] = {
-    'bits_per_byte': ('Bits per byte', 'lower is better', _three),
-    'cross_entropy': ('Cross-entropy', 'nats/token', _three),
+    'bits_per_byte': ('Bits per byte', 'lower is better', three),
+    'cross_entropy': ('Cross-entropy', 'nats/token', three),
     'accuracy': ('Accuracy', 'next token', percent),
-    'kl_from_teacher': ('KL from teacher', 'nats/token', _three),
-    'kl_on_own_text': ('KL on own text', 'nats/token', _three),
+    'kl_from_teacher': ('KL from teacher', 'nats/token', three),
+    'kl_on_own_text': ('KL on own text', 'nats/token', three),
     'top1_agreement': ('Top-1 agreement', 'with teacher', percent),
     'calibration_error': ('Calibration error', 'of the likeliest token', percent),
 }
@@ -93,7 +94,7 @@ def table_rows(summary: Summary) -> list[Row]:
     rows = []
     for metric in METRICS:
         label, unit, form = _METRIC_ROWS[metric]
-        rows.append(Row(label, unit, tuple(_estimate(m.get(metric), form) for m in models)))
+        rows.append(Row(label, unit, tuple(estimate_cell(m.get(metric), form) for m in models)))
     for path, label, unit, form in _COST_ROWS:
         numbers = [_at(model, path) for model in models]
         cells = tuple(Cell(NOT_MEASURED if n is None else form(n)) for n in numbers)
@@ -108,7 +109,8 @@ def _at(model: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
     return value
 
 
-def _estimate(estimate: Mapping[str, float] | None, form: Format) -> Cell:
+def estimate_cell(estimate: Mapping[str, float] | None, form: Format) -> Cell:
+    """Writes a value with its interval, or that it was not measured."""
     if estimate is None:
         return Cell(NOT_MEASURED)
     return Cell(form(estimate['value']), _interval(estimate, form))
@@ -207,33 +209,3 @@ def student_start(summary: Summary) -> str:
         f'Student and control start from the {source}, by {start["method"]!r}'
         f'{" (" + ", ".join(options) + ")" if options else ""}.'
     )
-
-
-def terminal_table(summary: Summary) -> str:
-    """Renders the table of models as aligned plain text.
-
-    Args:
-        summary: of the schema of `summary.json`.
-
-    Returns:
-        Lines without a trailing newline; numbers right-aligned, intervals in brackets.
-    """
-    names = measured_models(summary)
-    body = []
-    for row in table_rows(summary):
-        label = f'{row.label}, {row.unit}' if row.unit else row.label
-        cells = [f'{c.text} [{c.interval}]' if c.interval else c.text for c in row.cells]
-        body.append([label, *cells])
-    lines = [['', *names], *body]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for label, *cells in lines:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        text.append('  '.join([label.ljust(widths[0]), *aligned]).rstrip())
-    text.insert(1, '-' * max(map(len, text)))
-    if any(cell == NOT_MEASURED for line in body for cell in line):
-        text.append(f'{NOT_MEASURED} not measured')
-    if any('[' in cell for line in body for cell in line):
-        text.append('[ ] 95 % bootstrap interval over held-out documents')
-    text.extend(filter(None, [student_start(summary)]))
-    return '\n'.join(text)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from distill import distributed
 from distill.calibration import agreement_rows, reliability_rows
@@ -21,10 +20,9 @@ from distill.exposure import exposure
 from distill.routing_maps import routing_maps, token_classes
 from experiments.circumstances import circumstances
 from experiments.context import Context
-from experiments.fit import batch_shards
+from experiments.samples import write_samples
 from experiments.watch import progress_line
 from moe.accounting import bytes_per_token, flops_per_token, parameter_report
-from moe.decode import generate
 from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
@@ -50,7 +48,7 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
             line.say(f'{name}: throughput')
             costs[name] = _cost(context, *models[name])
             line.say(f'{name}: samples')
-            samples[name] = _samples(context, *models[name])
+            samples[name] = write_samples(context, *models[name])
         line.say('student: routing')
         _save_routing(context, *models['student'])
     rows: dict[str, dict[str, Any]] = {
@@ -190,37 +188,3 @@ def _prefill_tokens(context: Context) -> jax.Array:
     tokens = np.resize(text, (config.prefill_batch, length)).astype(np.int32)
     sharding = batch_sharding(context.mesh)
     return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
-
-
-def _samples(context: Context, model: Transformer, variables: Any) -> list[dict[str, str]]:
-    """Lets a model continue each prompt."""
-    config, tokenizer = context.study.evaluate, context.tokenizer
-    prompts = [np.array([tokenizer.bos_id, *tokenizer.encode(text)]) for text in config.prompts]
-    # Every device writes a row: where the mesh has more parts than there are prompts, they repeat.
-    prompts += prompts[:1] * (-len(prompts) % batch_shards(context.mesh))
-    length = max(map(len, prompts))
-    tokens = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
-    written, _ = generate(
-        model,
-        variables,
-        tokens,
-        prompt_mask=mask,
-        max_new_tokens=config.sample_tokens,
-        temperature=config.temperature,
-        key=jax.random.key(context.study.seed),
-        eos_id=tokenizer.eos_id,
-    )
-    rows = multihost_utils.process_allgather(written, tiled=True)
-    return [
-        {'prompt': prompt, 'text': tokenizer.decode(_until(row, tokenizer.eos_id))}
-        for prompt, row in zip(config.prompts, rows, strict=False)
-    ]
-
-
-def _until(ids: np.ndarray, eos_id: int) -> np.ndarray:
-    ends = np.flatnonzero(ids == eos_id)
-    return ids[: ends[0]] if ends.size else ids

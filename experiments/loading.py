@@ -71,7 +71,7 @@ def load_stage(
     model = Transformer(config, devices if devices.size > 1 else None)
     identity = {'tokenizer': tokenizer.fingerprint}
     variables = load_model(folder / 'model', model, devices, identity)
-    model, variables = _unstacked(model, variables, devices)
+    model, variables = unstacked(model, variables, devices)
     return Loaded(
         name=f'{folder.parent.name}/{folder.name}',
         model=model,
@@ -81,7 +81,7 @@ def load_stage(
     )
 
 
-def _unstacked(model: Transformer, variables: Any, mesh: Mesh) -> tuple[Transformer, Any]:
+def unstacked(model: Transformer, variables: Any, mesh: Mesh) -> tuple[Transformer, Any]:
     """Gives each layer arrays of its own: out of a stack, a step would copy all of its experts."""
     source, target = model.config, unrolled(model.config)
     if not source.scan_layers:

@@ -10,7 +10,8 @@ from distill import distributed
 from distill.load_history import LOAD_HISTORY, read_load_history
 from distill.report import write_report
 from distill.routing_maps import RoutingMaps
-from distill.tables import headline, terminal_table
+from distill.tables import headline
+from distill.terminal import terminal_table
 from experiments.context import Context
 from experiments.evaluation import ROUTING_MAPS
 
@@ -27,6 +28,8 @@ UNITS = {
     'tokens_per_second': 'tokens/s',
     'usd_per_million_tokens': 'USD/1M tokens',
 }
+# What stands in a model's part of the summary beside its figures.
+_EXAMINED = ('exams', 'needle')
 _TRAINED = ('teacher', 'student', 'control')
 
 
@@ -73,6 +76,19 @@ def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
             if reference:
                 row |= {'reference': reference, 'ratio': value / reference}
             rows.append(row | {'conditions': summary['command']})
+    return rows + exam_figures(summary['models'], summary['command'])
+
+
+def exam_figures(models: dict[str, Any], conditions: str) -> list[dict[str, Any]]:
+    """Gives the scores of exams as rows of figures; the reference of each is the teacher's."""
+    rows = []
+    for model, measured in models.items():
+        for name, exam in measured.get('exams', {}).items():
+            row = {'name': f'{model}/{name}', 'value': exam['value'], 'unit': 'score'}
+            reference = models.get('teacher', {}).get('exams', {}).get(name, {}).get('value')
+            if reference:
+                row |= {'reference': reference, 'ratio': exam['value'] / reference}
+            rows.append(row | {'conditions': conditions})
     return rows
 
 
@@ -82,7 +98,9 @@ def _number(measured: Any) -> float | None:
 
 
 def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
-    stages = {name: context.workdir.result(name) for name in (*_TRAINED, 'targets', 'evaluate')}
+    names = (*_TRAINED, 'targets', 'evaluate', 'exams')
+    stages = {name: context.workdir.result(name) for name in names}
+    examined = stages['exams'] or {}
     return {
         'schema': 1,
         'command': context.command,
@@ -95,7 +113,10 @@ def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
             if result is not None
         },
         'student_start': (stages['student'] or {}).get('start', {'method': 'random'}),
-        'models': evaluation['models'],
+        'models': {
+            name: figures | {key: examined[key][name] for key in _EXAMINED if key in examined}
+            for name, figures in evaluation['models'].items()
+        },
         'comparison': evaluation['comparison'],
         'experts': evaluation['experts'],
     }

@@ -26,8 +26,11 @@ from distill.target_stream import TargetStream
 from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher, Teacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
+from experiments.examinee import Examinee
+from experiments.exams import results, sit
 from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
+from experiments.loading import unstacked
 from experiments.panel_config import FurtherTeacherConfig
 from experiments.remote_scores import (
     remote_teacher_facts,
@@ -88,10 +91,13 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
 def _unneeded(context: Context) -> tuple[str, ...]:
     """Names the stages that there is nothing to do for."""
     targets = context.study.targets
-    # A student that learns from text alone, as its control does, would be its own control.
-    return (() if targets.cached else ('targets',)) + (
-        ('control',) if targets.kind == 'text' else ()
-    )
+    needed = {
+        'targets': targets.cached,
+        # A student that learns from text alone, as its control does, would be its own control.
+        'control': targets.kind != 'text',
+        'exams': context.study.exams.any,
+    }
+    return tuple(name for name, is_needed in needed.items() if not is_needed)
 
 
 def require_stages(names: tuple[str, ...]) -> None:
@@ -208,6 +214,31 @@ def evaluate(context: Context) -> dict[str, Any]:
     return evaluate_models(context, teachers | students)
 
 
+def exams(context: Context) -> dict[str, Any]:
+    """Has all that are here sit the exams that the config asks for, one model in memory at a time."""
+    if jax.process_count() > 1:
+        raise InputError(
+            'The stage exams runs in one process; received '
+            f'{jax.process_count()}. Run it by itself: --stages=exams,report.'
+        )
+    names = [name for name in ('student', 'control') if name not in _unneeded(context)]
+    for name in ('teacher', *names):
+        context.workdir.require_result(name, wanted_by='exams')
+    if context.study.teacher.source != 'remote':
+        names = ['teacher', *names]
+    config, seed, sat = context.study.exams, context.study.seed, {}
+    for name in names:
+        model, variables = _trained(context, name)
+        examinee = Examinee(
+            *unstacked(model, variables, context.mesh),
+            context.tokenizer,
+            rows=config.rows,
+            max_length=config.max_length,
+        )
+        sat[name] = sit(examinee, config, seed=seed)
+    return results(sat, seed=seed)
+
+
 def report(context: Context) -> dict[str, Any]:
     """Writes summary.json, report.html and the pictures, and prints the table."""
     context.workdir.require_result('evaluate', wanted_by='report')
@@ -232,6 +263,7 @@ STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     'student': student,
     'control': control,
     'evaluate': evaluate,
+    'exams': exams,
     'report': report,
     'export': export,
 }
@@ -423,6 +455,14 @@ def _train(
 def _key(context: Context, number: int) -> jax.Array:
     """A key of the study's own."""
     return jax.random.fold_in(jax.random.key(context.study.seed), number)
+
+
+def _trained(context: Context, name: str) -> tuple[Transformer, Any]:
+    """A model of the study, and its variables."""
+    if name == 'teacher':
+        return load_teacher(context)
+    model = context.model(context.study.student.model)
+    return model, _load(context, name, model)
 
 
 def _load(context: Context, stage: str, model: Transformer) -> Any:

@@ -20,6 +20,7 @@ from distill.tokenizer import ByteTokenizer
 from distill.writers import require_writers
 from experiments.architectures import own_architecture, published_start, published_teacher
 from experiments.build import build
+from experiments.exam_config import ExamConfig
 from experiments.init_config import InitConfig
 from experiments.panel_config import FurtherTeacherConfig, require_together
 from experiments.remote_checks import require_askable, require_text_alone
@@ -324,6 +325,7 @@ class EvaluateConfig:
         prefill_batch: rows of the throughput measurement.
         chip: whose price per hour is charged.
         prompts: of the samples of text.
+        sample_documents: held-out documents whose beginnings are prompts too.
         sample_tokens: written after each prompt.
         temperature: of the samples.
     """
@@ -333,6 +335,7 @@ class EvaluateConfig:
     prefill_batch: int
     chip: str
     prompts: tuple[str, ...]
+    sample_documents: int
     sample_tokens: int
     temperature: float
 
@@ -340,6 +343,8 @@ class EvaluateConfig:
         for name in ('batch_size', 'context_length', 'prefill_batch', 'sample_tokens'):
             require(getattr(self, name) > 0, f'evaluate.{name}', 'positive', getattr(self, name))
         require(bool(self.prompts), 'evaluate.prompts', 'at least one text', self.prompts)
+        documents = self.sample_documents
+        require(documents >= 0, 'evaluate.sample_documents', 'zero or more', documents)
         require(self.temperature >= 0, 'evaluate.temperature', 'zero or more', self.temperature)
         chip_price(self.chip)
 
@@ -356,6 +361,7 @@ class StudyConfig:
     student: StudentConfig
     control: ControlConfig
     evaluate: EvaluateConfig
+    exams: ExamConfig
     more_teachers: dict[str, FurtherTeacherConfig] | None = None
 
     @property

@@ -16,16 +16,20 @@ DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.',
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the weights are split over.', 1)
 
 
+def loaded_model(checkpoint: str) -> Loaded:
+    """Loads a model as the flags say."""
+    alone = DATA.value == TENSOR.value == 1
+    mesh = None if alone else MeshConfig(data=DATA.value, tensor=TENSOR.value)
+    return load_stage(checkpoint, mesh=mesh, dtype=DTYPE.value)
+
+
 def loaded_engine(*, max_waiting: int) -> tuple[Loaded, Engine]:
     """Loads the model that the flags name, and makes an engine of it.
 
     Args:
         max_waiting: requests that may wait for a row.
     """
-    checkpoint = cli.required(CHECKPOINT)
-    alone = DATA.value == TENSOR.value == 1
-    mesh = None if alone else MeshConfig(data=DATA.value, tensor=TENSOR.value)
-    loaded = load_stage(checkpoint, mesh=mesh, dtype=DTYPE.value)
+    loaded = loaded_model(cli.required(CHECKPOINT))
     config = EngineConfig(ROWS.value, MAX_LENGTH.value, max_waiting=max_waiting)
     vocab_size = loaded.tokenizer.vocab_size
     return loaded, Engine(loaded.model, loaded.variables, config, vocab_size=vocab_size)

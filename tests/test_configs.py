@@ -18,6 +18,7 @@ from distill.objective import Term
 from distill.optimizer import OptimizerConfig
 from distill.provenance import Provenance
 from distill.schedules import Schedule
+from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
 from experiments.init_config import InitConfig
 from experiments.panel_config import FurtherTeacherConfig
 from experiments.remote_config import RemoteConfig
@@ -92,6 +93,9 @@ PARTS = {
     'control': ControlConfig,
     'control.terms.ce': Term,
     'evaluate': EvaluateConfig,
+    'exams': ExamConfig,
+    'exams.gsm8k': GSM8KConfig,
+    'exams.needle': NeedleConfig,
 } | {
     f'{who}.{part}': cls
     for who in ('teacher', 'student')

@@ -10,7 +10,6 @@ from distill.tables import (
     measured_models,
     percent,
     table_rows,
-    terminal_table,
 )
 
 MODELS = {

@@ -1,0 +1,115 @@
+"""The exams that a model sits: tasks of lm-eval, school problems, facts in long texts."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+
+from distill import gsm8k
+from distill.exams import Exam, exam_summary, graded
+from distill.needle import needle
+from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
+from experiments.examinee import Examinee, Question
+from experiments.harness import run_tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Sat:
+    """What one model did in its exams.
+
+    Attributes:
+        exams: its scores.
+        needle: its share of right choices for each length and depth, where that was asked.
+    """
+
+    exams: list[Exam]
+    needle: list[dict[str, Any]]
+
+
+def sit(examinee: Examinee, config: ExamConfig, *, seed: int) -> Sat:
+    """Has a model sit every exam that is asked for.
+
+    Args:
+        examinee: that sits them.
+        config: which.
+        seed: of the examples and of the texts with needles; alike for models to be compared.
+
+    Raises:
+        InputError: for a task or a file that is not there, or questions that are too long.
+    """
+    exams, cells = [], []
+    if config.tasks:
+        exams += run_tasks(examinee, config, seed=seed)
+    if config.gsm8k.test is not None:
+        exams.append(_sit_gsm8k(examinee, config.gsm8k, config.limit, seed))
+    if config.needle.lengths:
+        found, cells = _sit_needle(examinee, config.needle, seed)
+        exams += found
+    return Sat(exams, cells)
+
+
+def results(sat: dict[str, Sat], *, seed: int) -> dict[str, Any]:
+    """Lays out what several models did, for the summary: `exams` and, where asked, `needle`.
+
+    Args:
+        sat: by model, in the order of the report; the teacher is who the others are compared with.
+        seed: of the intervals.
+    """
+    rows: dict[str, Any] = {
+        'exams': exam_summary({name: one.exams for name, one in sat.items()}, seed=seed)
+    }
+    if any(one.needle for one in sat.values()):
+        rows['needle'] = {name: one.needle for name, one in sat.items()}
+    return rows
+
+
+def _sit_gsm8k(examinee: Examinee, config: GSM8KConfig, limit: int | None, seed: int) -> Exam:
+    """Has a model write its answers, each with its likeliest tokens."""
+    assert config.test is not None
+    problems = gsm8k.read_problems(config.test)[:limit]
+    examples = []
+    if config.shots:
+        assert config.train is not None
+        examples = gsm8k.draw_examples(gsm8k.read_problems(config.train), config.shots, seed)
+    questions = [
+        Question(gsm8k.prompt(examples, p.question), config.max_new_tokens, (gsm8k.STOP,))
+        for p in problems
+    ]
+    answers = examinee.write(questions)
+    grades = [gsm8k.is_correct(*pair) for pair in zip(answers, problems, strict=True)]
+    return graded('gsm8k exact match', grades)
+
+
+def _sit_needle(
+    examinee: Examinee, config: NeedleConfig, seed: int
+) -> tuple[list[Exam], list[dict[str, Any]]]:
+    """Has a model choose between the numbers in a text, by how likely it holds each.
+
+    A choice is right where the right number is strictly likelier than every other; it is also
+    recited where the likeliest token at each step writes it.
+    """
+    grid = list(itertools.product(config.lengths, config.depths))
+    right, recited = np.zeros((2, len(grid), config.trials))
+    for cell, (length, depth) in enumerate(grid):
+        asked = [
+            needle(
+                lambda text: len(examinee.encode(text)),
+                length=length,
+                depth=depth,
+                seed=(seed, length, round(depth * 1_000_000), trial),
+                keys=config.keys,
+            )
+            for trial in range(config.trials)
+        ]
+        pairs = [examinee.split(one.text, choice) for one in asked for choice in one.choices]
+        scored = np.array(examinee.score(pairs), object).reshape(config.trials, config.keys)
+        for trial, (answer, *others) in enumerate(scored):
+            right[cell, trial] = answer.log_prob > max(other.log_prob for other in others)
+            recited[cell, trial] = answer.is_greedy
+    cells = [
+        {'length': length, 'depth': depth, 'value': float(hits.mean()), 'questions': config.trials}
+        for (length, depth), hits in zip(grid, right, strict=True)
+    ]
+    chosen = graded(f'needle chosen of {config.keys}', right.ravel())
+    return [chosen, graded('needle recited', recited.ravel())], cells
