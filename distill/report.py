@@ -52,7 +52,7 @@ def write_report(
 ) -> Path:
     """Writes `summary.json`, `report.html` and `pictures/*.png` under the workdir.
 
-    Where there are samples, `completions.html` beside them has all, side by side.
+    Where there are more samples than the report shows, `completions.html` has all of them.
 
     The page needs nothing besides itself. Each file is replaced whole, so a reader never sees half.
 
@@ -88,7 +88,7 @@ def write_report(
         _replace(workdir / 'pictures' / f'{name}.png', image)
     text = json.dumps(summary, indent=2, allow_nan=False)
     _replace(workdir / 'summary.json', text.encode() + b'\n')
-    if any(samples.values()):
+    if _count(samples) > SHOWN_SAMPLES:
         _replace(workdir / FILE, completions_page(samples).encode())
     _replace(workdir / 'report.html', render(summary, samples, images).encode())
     return workdir / 'report.html'
@@ -331,10 +331,13 @@ def _expert_table(summary: Summary) -> str:
 
 def _samples(samples: Samples) -> str:
     """Renders the first prompts, and where the others are."""
-    count = max(map(len, samples.values()), default=0)
-    rest = count - SHOWN_SAMPLES
+    rest = _count(samples) - SHOWN_SAMPLES
     link = f'<p><a href="{FILE}">{rest} more beginnings, side by side</a></p>' if rest > 0 else ''
     return side_by_side(samples, limit=SHOWN_SAMPLES) + link
+
+
+def _count(samples: Samples) -> int:
+    return max(map(len, samples.values()), default=0)
 
 
 def _prices(summary: Summary) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from moe.errors import InputError
 from moe.sampling import Sampling
 
 _MAX_NEW_TOKENS = 256
+# For the standard errors of metrics that are no means.
+_RESAMPLES = 2000
 _SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
@@ -32,6 +35,8 @@ def run_tasks(examinee: Examinee, config: ExamConfig, *, seed: int) -> list[Exam
         InputError: where lm-eval is not installed, a task is unknown, or its data are not here.
     """
     library = _library()
+    # Its bootstrap forks, which a process that runs JAX must not.
+    os.environ.setdefault('DISABLE_MULTIPROC', '1')
     manager = _manager(config)
     try:
         results = library.simple_evaluate(
@@ -40,6 +45,7 @@ def run_tasks(examinee: Examinee, config: ExamConfig, *, seed: int) -> list[Exam
             task_manager=manager,
             num_fewshot=config.shots,
             limit=config.limit,
+            bootstrap_iters=_RESAMPLES,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,

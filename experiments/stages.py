@@ -215,7 +215,7 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 
 def exams(context: Context) -> dict[str, Any]:
-    """Has all that are here sit the exams that the config asks for, one model in memory at a time."""
+    """Has all that are here sit the exams that are asked for, one model in memory at a time."""
     if jax.process_count() > 1:
         raise InputError(
             'The stage exams runs in one process; received '

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from distill import pictures
+from distill import exam_pictures, pictures
 from distill.load_history import LoadHistory
 from distill.report import render, write_report
 from distill.routing_maps import RoutingMaps
@@ -214,6 +214,9 @@ def test_a_prompt_is_followed_by_what_each_model_made_of_it():
 
 def test_the_page_loads_nothing_from_elsewhere():
     for tag, attrs in page().tags:
+        if tag == 'a':
+            assert set(attrs) == {'href'}, 'a link loads nothing before it is followed'
+            continue
         assert tag not in ('link', 'script', 'iframe', 'object', 'base')
         for name in ('src', 'href', 'srcset', 'data', 'action', 'poster'):
             assert (attrs.get(name) or 'data:').startswith('data:'), (tag, attrs)
@@ -267,6 +270,67 @@ def test_routing_is_drawn_where_it_was_counted(tmp_path):
     # With one expert a token there are no pairs to draw.
     assert drawn[0] == {'balance_over_steps', 'load_over_steps', 'experts_by_class'}
     assert drawn[1] - drawn[0] == {'experts_together'}
+
+
+def test_exams_have_a_section_with_what_is_retained(tmp_path):
+    summary = copy.deepcopy(MINIMAL)
+    exam = {'value': 0.25, 'low': 0.2, 'high': 0.3, 'standard_error': 0.025, 'questions': 300}
+    exam |= {'higher_is_better': True, 'retained': {'value': 0.5, 'standard_error': 0.1}}
+    cells = [{'length': n, 'depth': 0.5, 'value': n / 512, 'questions': 8} for n in (256, 512)]
+    summary['models']['student'] |= {'exams': {HOSTILE: exam}, 'needle': cells}
+    path = write_report(tmp_path, summary, {}, {})
+    read = Page(path.read_text())
+    assert read.row(f'{HOSTILE} 300 questions') == ['25.0 % 20.0 to 30.0, \u00b12.5']
+    assert read.row(f"{HOSTILE} of the teacher's") == ['50.0 % \u00b110.0']
+    assert 'Examined' in read.words
+    assert {file.stem for file in (tmp_path / 'pictures').iterdir()} == {'needle'}
+
+
+def test_the_map_of_needles_has_a_cell_for_each_length_and_depth():
+    cells = [
+        {'length': 512, 'depth': 1.0, 'value': 0.25, 'questions': 8},
+        {'length': 256, 'depth': 0.0, 'value': 1.0, 'questions': 8},
+        {'length': 256, 'depth': 1.0, 'value': 0.5, 'questions': 8},
+        {'length': 512, 'depth': 0.0, 'value': 0.75, 'questions': 8},
+    ]
+    (axes,) = exam_pictures.needle({'models': {'student': {'needle': cells}, 'control': {}}}).axes
+    np.testing.assert_array_equal(axes.images[0].get_array(), [[1.0, 0.75], [0.5, 0.25]])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['256', '512']
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['0 %', '100 %']
+    assert [text.get_text() for text in axes.texts] == ['100', '75', '50', '25']
+
+
+def test_completions_stand_side_by_side_on_a_page_of_their_own(tmp_path):
+    rows = [{'prompt': f'p{n} ', 'text': f'student {n}'} for n in range(5)]
+    rows[4] |= {'prompt': HOSTILE, 'source': f'{HOSTILE} went on'}
+    teacher = [row | {'text': row['text'].replace('student', 'teacher')} for row in rows]
+    samples = {'teacher': teacher, 'student': rows}
+    report = Page(write_report(tmp_path, MINIMAL, {}, samples).read_text())
+    assert '2 more beginnings, side by side' in report.text
+    assert 'student 2' in report.text
+    assert 'student 3' not in report.text
+    links = [attrs['href'] for tag, attrs in report.tags if tag == 'a']
+    assert links == ['completions.html']
+    own = Page((tmp_path / links[0]).read_text())
+    assert [attrs['aria-label'] for _, attrs in own.tags if 'aria-label' in attrs] == [
+        *(f'p{n} ' for n in range(4)),
+        HOSTILE,
+    ]
+    words = own.words[own.words.index('p0 ') :]
+    assert [w for w in words if w.startswith(('teacher ', 'student '))][:4] == [
+        'teacher 0',
+        'student 0',
+        'teacher 1',
+        'student 1',
+    ]
+    assert f'{HOSTILE} went on' in own.words
+    assert 'script' not in [tag for tag, _ in own.tags]
+    assert [attrs['href'] for tag, attrs in own.tags if tag == 'a'] == ['report.html']
+
+
+def test_few_prompts_need_no_page_of_their_own():
+    assert 'completions.html' not in render(SUMMARY, SAMPLES, {})
+    assert [tag for tag, _ in page().tags if tag == 'a'] == []
 
 
 def test_pictures_without_numbers_are_not_drawn(tmp_path):

@@ -15,6 +15,21 @@ MODEL = {
     'accuracy': {'value': 0.5},
     'kl_from_teacher': ESTIMATE,
     'top1_agreement': ESTIMATE,
+    'calibration_error': ESTIMATE,
+    'reliability': [{'confidence': 0.5, 'accuracy': ESTIMATE, 'tokens': 9}],
+    'agreement_by_position': [{'from': 0, 'to': 0, 'tokens': 9, 'agreement': ESTIMATE}],
+    'exams': {
+        'gsm8k': {
+            'value': 0.5,
+            'low': 0.4,
+            'high': 0.6,
+            'standard_error': 0.05,
+            'questions': 100,
+            'higher_is_better': True,
+            'retained': {'value': 0.9, 'standard_error': 0.1},
+        }
+    },
+    'needle': [{'length': 256, 'depth': 0.5, 'value': 0.75, 'questions': 8}],
     'parameters': {'total': 1000, 'active': 400},
     'flops_per_token': 2e6,
     'bytes_per_token': 1e6,
@@ -87,6 +102,10 @@ def test_the_study_itself_may_not_be_absent():
         (('models', 'student', 'accuracy'), 'value'),
         (('stages', 'student'), 'seconds'),
         (('experts', 0), 'entropy'),
+        (('models', 'student', 'exams', 'gsm8k'), 'questions'),
+        (('models', 'student', 'exams', 'gsm8k', 'retained'), 'value'),
+        (('models', 'student', 'needle', 0), 'depth'),
+        (('models', 'student', 'agreement_by_position', 0), 'from'),
     ],
 )
 def test_a_missing_key_is_named_by_its_path(path, key):

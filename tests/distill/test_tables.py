@@ -2,6 +2,7 @@
 
 import pytest
 
+from distill.exam_table import exam_rows, exams_of
 from distill.tables import (
     NOT_MEASURED,
     Cell,
@@ -11,6 +12,7 @@ from distill.tables import (
     percent,
     table_rows,
 )
+from distill.terminal import terminal_table
 
 MODELS = {
     # Out of the table's order on purpose.
@@ -158,3 +160,47 @@ def test_a_student_dearer_than_its_teacher_is_called_so():
     assert headline(summary_of(flops=0.5)).startswith(
         "At 2.0 times its teacher's FLOPs per token, the student reads"
     )
+
+
+EXAMS = {
+    'teacher': {
+        'gsm8k': {'value': 0.5, 'low': 0.4, 'high': 0.6, 'standard_error': 0.05, 'questions': 1319}
+        | {'higher_is_better': True},
+        'wiki': {'value': 12.5, 'standard_error': 0.25, 'questions': 62},
+    },
+    'student': {
+        'gsm8k': {'value': 0.25, 'questions': 1319, 'higher_is_better': True}
+        | {'retained': {'value': 0.5, 'low': 0.4, 'high': 0.6, 'standard_error': 0.051}},
+        'wiki': {'value': 25.0, 'questions': 62},
+    },
+    'control': {},
+}
+
+
+def test_exams_have_a_row_and_one_for_what_is_retained():
+    rows = [(row.label, row.unit, *row.cells) for row in exam_rows(EXAMS)]
+    missing = Cell(NOT_MEASURED)
+    assert rows == [
+        (
+            'gsm8k',
+            '1,319 questions',
+            Cell('50.0 %', '40.0 to 60.0, \u00b15.0'),
+            Cell('25.0 %'),
+            missing,
+        ),
+        ('gsm8k', "of the teacher's", missing, Cell('50.0 %', '40.0 to 60.0, \u00b15.1'), missing),
+        ('wiki', '62 questions', Cell('12.500', '\u00b10.250'), Cell('25.000'), missing),
+    ]
+
+
+def test_the_terminal_table_has_the_exams_after_the_figures():
+    summary = {'models': {name: {'exams': exams} for name, exams in EXAMS.items()}}
+    assert exams_of(summary) == EXAMS
+    assert exams_of({'models': {'student': {}}}) == {}
+    lines = terminal_table(summary).splitlines()
+    assert lines[2].split('  ')[0] == 'gsm8k, 1,319 questions'
+    assert '50.0 % [40.0 to 60.0, \u00b15.0]' in lines[2]
+    assert lines[-2] == (
+        '[ ] 95 % bootstrap interval over held-out documents, or the questions of an exam'
+    )
+    assert lines[-1] == '\u00b1 standard error'
