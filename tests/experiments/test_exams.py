@@ -1,18 +1,18 @@
 """Exams: what is asked, how it is judged, and what comes of it in the report."""
 
 import json
+import subprocess
 import sys
 import types
 
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from launching import ROOT
 from stage import make_stage
 
 from distill.gsm8k import prompt
 from distill.tokenizer import ByteTokenizer
-from experiments import examine
 from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
 from experiments.examinee import Examinee, Question
 from experiments.exams import results, sit
@@ -138,31 +138,35 @@ def test_a_needle_is_found_where_the_right_number_is_likeliest():
     assert alike.exams[0].value == 0
 
 
-def test_the_command_compares_with_a_teacher(stage, files, tmp_path, capsys):
-    """A model with itself: it retains all that it has."""
-    examine.flags.FLAGS.mark_as_parsed()
-    settings = {
-        'checkpoint': str(stage),
-        'teacher': str(stage),
-        'needle_lengths': ['250'],
-        'needle_trials': 2,
-        'max_length': 256,
-        'rows': 8,
-        'json': str(tmp_path / 'out' / 'scores.json'),
-    }
-    with flagsaver.flagsaver(**settings):
-        examine.main()
-    printed = capsys.readouterr().out
-    assert 'needle chosen of 4, 10 questions' in printed
-    rows = json.loads((tmp_path / 'out' / 'scores.json').read_text())
+def command(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, '-m', 'experiments.examine', *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_compares_with_a_teacher(stage, tmp_path):
+    """A model with itself."""
+    file = tmp_path / 'out' / 'scores.json'
+    sizes = ('--needle_lengths=250', '--needle_trials=2', '--max_length=256')
+    run = command(f'--checkpoint={stage}', f'--teacher={stage}', *sizes, f'--json={file}')
+    assert run.returncode == 0, run.stderr
+    assert 'needle chosen of 4, 10 questions' in run.stdout
+    rows = json.loads(file.read_text())
     names = ['needle chosen of 4', 'needle recited']
     wanted = [f'{model}/{name}' for model in ('teacher', 'model') for name in names]
     assert [row['name'] for row in rows] == wanted
     assert rows[0]['value'] == rows[2]['value'] == rows[2].get('reference', 0.0)
-    for lengths, message in (([], 'Name an exam'), (['x'], 'whole numbers')):
-        wrong = flagsaver.flagsaver(checkpoint=str(stage), needle_lengths=lengths)
-        with wrong, pytest.raises(InputError, match=message):
-            examine.main()
+    assert f'--checkpoint={stage}' in rows[2]['conditions']
+
+
+def test_the_command_asks_for_an_exam(stage):
+    run = command(f'--checkpoint={stage}')
+    assert run.returncode == 2
+    assert 'Name an exam' in run.stderr
 
 
 def test_lm_eval_is_an_extra(monkeypatch):
