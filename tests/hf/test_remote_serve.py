@@ -108,8 +108,9 @@ def test_writes_texts_through_faults_and_has_no_log_probabilities(served, tmp_pa
         assert ledger.entry(plain.key)['cost'][0] == 9
     # A server that leaves out what it does not know is noticed, not guessed at.
     tokenizer = ByteTokenizer()
-    score = score_request((tokenizer.bos_id, *b'the'), 'echo', 2, as_ids=True)
-    score = Request('completions', {**score.body, 'prompt': 'the'}, 4, 20)
+    score = score_request((tokenizer.bos_id, *b'the'), 'echo', 2, as_ids=False)
+    body = {**score.body, 'prompt': 'the', 'max_tokens': 1}
+    score = Request('completions', body, 4, 1)
     read = score_reader('echo', 2, TokenNames(tokenizer))
     with AnswerLedger(tmp_path / 'scores.jsonl', {}) as ledger:
         ask_all(server, [score], ledger, read, MANNER)
