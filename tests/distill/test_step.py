@@ -138,18 +138,15 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     np.testing.assert_allclose(mean['loss'], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize('micro_batches', [2, 8])
-def test_micro_batches_add_up(micro_batches):
-    assert_same_update(run(make_recipe(micro_batches=micro_batches, chunk_size=7)), reference())
+def test_micro_batches_add_up():
+    assert_same_update(run(make_recipe(micro_batches=4, chunk_size=7)), reference())
 
 
 @pytest.mark.parametrize(
     'sizes',
     [
         dict(data=8),
-        dict(fsdp=8),
         dict(expert=8),
-        dict(tensor=2, data=4),
         dict(data=2, fsdp=2, expert=2),
         dict(fsdp=2, expert=2, tensor=2),
     ],

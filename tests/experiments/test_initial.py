@@ -80,8 +80,8 @@ def test_an_upcycled_student_starts_as_its_teacher(
     student = Transformer(context.study.student.model)
     teacher, variables = load_teacher(context)
     tokens = jnp.asarray(context.training_rows(4).tokens)
-    expected = Transformer(teacher.config).apply(jax.device_get(variables), tokens).logits
-    made = student.apply(jax.device_get(initial_variables(context, KEY)), tokens).logits
+    expected = jax.jit(Transformer(teacher.config).apply)(jax.device_get(variables), tokens).logits
+    made = jax.jit(student.apply)(jax.device_get(initial_variables(context, KEY)), tokens).logits
     np.testing.assert_allclose(made, expected, atol=1e-5)
     start = started_from(context)
     assert start['options'] == {'router': 'centroids'}

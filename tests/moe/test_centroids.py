@@ -19,7 +19,7 @@ from moe.transformer import Transformer
 KEY = jax.random.key(3)
 DENSE = TransformerConfig(19, 2, 8, 12, AttentionConfig(2, 1, 4))
 TOKENS = jax.random.randint(jax.random.key(1), (4, 9), 0, 19)
-VARIABLES = nn.unbox(Transformer(DENSE).init(jax.random.key(0), TOKENS))
+VARIABLES = jax.jit(lambda key: nn.unbox(Transformer(DENSE).init(key, TOKENS)))(jax.random.key(0))
 
 
 def test_planted_clusters_are_found_without_their_common_direction():

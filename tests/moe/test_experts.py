@@ -144,7 +144,7 @@ def test_jitter_is_noise_on_what_router_and_routed_experts_see_in_training_alone
     # One expert, no shared one: the output of the layer is the expert's of the noisy input.
     config = MoEConfig(RouterConfig(1, 1, jitter=0.25), expert_dim=F)
     layer, ones, mask = MoELayer(config, 'silu'), jnp.ones((2, 500, D)), jnp.ones((2, 500), bool)
-    params = nn.unbox(layer.init(jax.random.key(0), ones, mask))['params']
+    params = jax.jit(lambda key: nn.unbox(layer.init(key, ones, mask)))(jax.random.key(0))['params']
     # The first logit is the first coordinate of what the router saw.
     params['router']['kernel'] = jnp.zeros((D, 1)).at[0].set(1.0)
     _, calm = layer.apply({'params': params}, ones, mask)
@@ -183,7 +183,9 @@ def test_expert_choice_and_hash_are_the_same_in_every_dispatch():
 def test_soft_layer_has_slots_and_passes_every_expert():
     config = MoEConfig(RouterConfig(E, E, choice='soft', slots=3, bias=True), F, bias=True)
     layer = MoELayer(config, 'silu')
-    variables = nn.unbox(layer.init(jax.random.key(0), tokens(), jnp.array(MASK)))
+    variables = jax.jit(lambda key: nn.unbox(layer.init(key, tokens(), jnp.array(MASK))))(
+        jax.random.key(0)
+    )
     shapes = jax.tree.map(jnp.shape, variables['params'])
     assert shapes['router'] == {'kernel': (D, E, 3), 'bias': (E, 3)}
     y, output = jax.jit(layer.apply)(variables, tokens(), jnp.array(MASK))

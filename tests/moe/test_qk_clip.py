@@ -34,7 +34,8 @@ def config_of(*kinds) -> TransformerConfig:
 
 
 def random_variables(config: TransformerConfig):
-    variables = nn.unbox(Transformer(config).init(jax.random.key(0), TOKENS))
+    init = jax.jit(lambda key: nn.unbox(Transformer(config).init(key, TOKENS)))
+    variables = init(jax.random.key(0))
     assert MAX_LOGITS not in variables
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -75,7 +76,7 @@ def test_the_largest_logit_of_each_head_equals_a_loop():
 
 def test_nothing_is_measured_unless_it_is_asked_for():
     config = config_of(KINDS['shared keys'])
-    output = Transformer(config).apply(random_variables(config), TOKENS)
+    output = jax.jit(Transformer(config).apply)(random_variables(config), TOKENS)
     assert output.logits is not None
 
 
@@ -108,8 +109,9 @@ def test_factors_by_hand():
     np.testing.assert_allclose(new['kv_up'][0, 0], [[1.5, 3], [3 * (2 / 3) ** 0.5, 3]], rtol=1e-6)
 
 
-@pytest.mark.parametrize('scan_layers', [True, False])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+    ('kind', 'scan_layers'), [*((kind, True) for kind in KINDS), ('latent queries', False)]
+)
 def test_the_same_text_then_reaches_the_threshold_and_other_heads_keep_their_bits(
     kind, scan_layers
 ):

@@ -23,7 +23,9 @@ SPARSE = dataclasses.replace(DENSE, moe=MOE)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, 19)
 BATCH = Calibration(TOKENS)
 SOURCES = {
-    config: nn.unbox(Transformer(config).init(jax.random.key(0), TOKENS))
+    config: jax.jit(lambda key, model: nn.unbox(model.init(key, TOKENS)), static_argnums=1)(
+        jax.random.key(0), Transformer(config)
+    )
     for config in (DENSE, SPARSE)
 }
 

@@ -26,7 +26,7 @@ MOE = MoEConfig(ROUTER, expert_dim=6, shared_dim=3, dispatch='dense', first_dens
 CONFIG = TransformerConfig(19, 3, 8, 12, ATTENTION, MOE)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, 19)
 SEGMENTS = jnp.ones((2, 7), jnp.int32).at[1, 4:].set(0)
-VARIABLES = nn.unbox(Transformer(CONFIG).init(jax.random.key(0), TOKENS))
+VARIABLES = jax.jit(lambda key: nn.unbox(Transformer(CONFIG).init(key, TOKENS)))(jax.random.key(0))
 PARAMS, ROUTING = VARIABLES['params'], VARIABLES['routing']
 
 
@@ -87,7 +87,9 @@ def test_activation_of_an_expert_whose_output_is_known():
     # A linear model of one layer: hidden state, experts and weights all by hand.
     moe = MoEConfig(RouterConfig(2, 1, normalize='none'), expert_dim=1, dispatch='dense')
     config = TransformerConfig(3, 1, 2, 1, AttentionConfig(1, 1, 2), moe, norm_eps=1e-12)
-    params = nn.unbox(Transformer(config).init(jax.random.key(0), TOKENS))['params']
+    params = jax.jit(lambda key: nn.unbox(Transformer(config).init(key, TOKENS)))(
+        jax.random.key(0)
+    )['params']
     layer = params['group_0']['layer_0']
     layer['attention']['o'] = jnp.zeros_like(layer['attention']['o'])
     params['embed']['embedding'] = jnp.array([[3.0, 0.0], [0.0, 3.0], [0.0, -3.0]])
@@ -230,7 +232,9 @@ def test_experts_of_constant_weight_concatenate_exactly():
     router = RouterConfig(4, 4, scale=1.5)
     moe = dataclasses.replace(MOE, router=router, layers=(0, 1, 2))
     config = dataclasses.replace(CONFIG, moe=moe)
-    params = nn.unbox(Transformer(config).init(jax.random.key(3), TOKENS))['params']
+    params = jax.jit(lambda key: nn.unbox(Transformer(config).init(key, TOKENS)))(
+        jax.random.key(3)
+    )['params']
     blind = with_experts(params, lambda m: {**m, 'router': {'kernel': 0 * m['router']['kernel']}})
     weights = np.full((3, 4), 1.5 / 4)
     dense, mlps = concatenate_experts(config, blind, weights, 4)
@@ -248,7 +252,9 @@ def test_experts_of_constant_weight_concatenate_exactly():
 
 def test_copies_of_one_mlp_become_it_again():
     dense = TransformerConfig(19, 2, 8, 12, ATTENTION)
-    params = nn.unbox(Transformer(dense).init(jax.random.key(3), TOKENS))['params']
+    params = jax.jit(lambda key: nn.unbox(Transformer(dense).init(key, TOKENS)))(jax.random.key(3))[
+        'params'
+    ]
     moe = MoEConfig(RouterConfig(3, 1, normalize='after'), expert_dim=8, shared_dim=4)
     config, experts, _ = upcycle(dense, params, moe, key=jax.random.key(4))
     weights = np.array([[0.5, 0.2, 0.3]] * 2)

@@ -37,7 +37,9 @@ ALIVE = {'embed': [0, 2, 3, 4, 7, 8, 10, 11], 'mlp': [1, 2, 4, 5, 8, 9], 'heads'
 
 def make(config: TransformerConfig):
     """Initialises a model, and gives every norm and bias something to lose."""
-    params = nn.unbox(Transformer(config).init(jax.random.key(0), TOKENS))['params']
+    params = jax.jit(lambda key: nn.unbox(Transformer(config).init(key, TOKENS)))(
+        jax.random.key(0)
+    )['params']
     key = jax.random.key(7)
     return jax.tree.map(
         lambda x: x + 0.3 * jax.random.normal(key, x.shape) if x.ndim <= 2 else x, params
@@ -290,7 +292,9 @@ def test_depth_keeps_each_layers_own_attention_and_experts():
     attention = AttentionConfig(2, 1, 4)
     windowed = dataclasses.replace(attention, window=2)
     config = TransformerConfig(19, 4, 8, 6, (windowed, attention), moe)
-    variables = nn.unbox(Transformer(config).init(jax.random.key(0), TOKENS))
+    variables = jax.jit(lambda key: nn.unbox(Transformer(config).init(key, TOKENS)))(
+        jax.random.key(0)
+    )
     biases = jax.tree.map(lambda x: x + jnp.array([[1.0, 2.0], [3.0, 4.0]]), variables['routing'])
     small, params, routing = prune_depth(config, variables['params'], biases, (0, 2, 3))
     assert small.attention == (windowed, windowed, attention)

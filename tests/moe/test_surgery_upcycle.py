@@ -22,7 +22,9 @@ DENSE = TransformerConfig(
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4),
 )
 TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, DENSE.vocab_size)
-PARAMS = nn.unbox(Transformer(DENSE).init(jax.random.key(0), TOKENS))['params']
+PARAMS = jax.jit(lambda key: nn.unbox(Transformer(DENSE).init(key, TOKENS)))(jax.random.key(0))[
+    'params'
+]
 WHOLE = {'expert_dim': 12}
 SLICED = {'expert_dim': 4, 'shared_dim': 4}
 BIASED = RouterConfig(
