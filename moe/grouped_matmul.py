@@ -5,6 +5,9 @@ rows, so here a loop takes each group's rows in tiles, see `moe.row_tiles`. The 
 matrices expands on TPU too, and has a kernel there.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -43,8 +46,8 @@ def _backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Ar
     d_lhs = jax.lax.platform_dependent(
         cotangent, rhs, group_sizes, cpu=_tiled_transposed, default=ragged_transposed
     )
-    d_rhs = grouped_outer(lhs, cotangent, group_sizes)
-    return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype), None
+    d_rhs = grouped_outer(lhs, cotangent, group_sizes, rhs.dtype)
+    return d_lhs.astype(lhs.dtype), d_rhs, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -75,13 +78,25 @@ def ragged_transposed(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
 
 
 def grouped_outer(
-    lhs: Float[Array, 'N D'], rhs: Float[Array, 'N F'], group_sizes: Int[Array, 'E']
+    lhs: Float[Array, 'N D'],
+    rhs: Float[Array, 'N F'],
+    group_sizes: Int[Array, 'E'],
+    dtype: DTypeLike,
 ) -> Float[Array, 'E D F']:
-    """Sums `lhs^T @ rhs` over each group's rows, in the accumulator's dtype; no gradient."""
-    # TPUs have no float64.
-    on_tpu = ragged_outer if lhs.dtype == jnp.float64 else outer_products
+    """Sums `lhs^T @ rhs` over each group's rows, in float32 or wider, then `dtype`; no gradient."""
+
+    def narrowed(outer: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda *operands: outer(*operands).astype(dtype)
+
+    # TPUs have no float64. The kernel rounds what it writes: nothing wide goes through memory.
+    kernel = functools.partial(outer_products, dtype=dtype)
     return jax.lax.platform_dependent(
-        lhs, rhs, group_sizes, cpu=_tiled_outer, tpu=on_tpu, default=ragged_outer
+        lhs,
+        rhs,
+        group_sizes,
+        cpu=narrowed(_tiled_outer),
+        tpu=narrowed(ragged_outer) if lhs.dtype == jnp.float64 else kernel,
+        default=narrowed(ragged_outer),
     )
 
 

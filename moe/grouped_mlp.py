@@ -148,8 +148,8 @@ def _ragged_backward(
     return (
         ragged_transposed(d_both, gate_up, group_sizes),
         d_weights,
-        grouped_outer(rows, d_both, group_sizes),
-        grouped_outer(hidden, cotangent, group_sizes),
+        grouped_outer(rows, d_both, group_sizes, gate_up.dtype),
+        grouped_outer(hidden, cotangent, group_sizes, down.dtype),
     )
 
 
@@ -230,7 +230,7 @@ def _looped_backward(
 
         bounds = {'start': start, 'end': end, 'num_rows': num_rows, 'num_groups': num_groups}
         carry = over_tiles(tile, carry, **bounds)
-        return carry, carry[2:]
+        return carry, (carry[2].astype(gate_up.dtype), carry[3].astype(down.dtype))
 
     # The first tile of each expert overwrites what the one before left in the last two.
     wide = accumulator(rows.dtype)

@@ -24,9 +24,10 @@ def test_a_turn_takes_the_rows_of_one_group_in_one_tile():
 def test_equals_float64(sizes, dtype, monkeypatch):
     # Several blocks, of which the last are not whole.
     monkeypatch.setattr(tpu_kernels, 'BLOCK', (16, 128))
+    monkeypatch.setattr(tpu_kernels, 'NARROW_BLOCK', (32, 128))
     rng = np.random.default_rng(0)
     lhs, rhs = (jnp.array(rng.normal(size=(333, width)), dtype) for width in (40, 200))
-    actual = outer_products(lhs, rhs, jnp.array(sizes), interpret=True)
+    actual = outer_products(lhs, rhs, jnp.array(sizes), dtype=dtype, interpret=True)
     wide = [np.asarray(rows, np.float64) for rows in (lhs, rhs)]
     ends = np.cumsum(sizes)
     expected = np.stack(
@@ -35,5 +36,7 @@ def test_equals_float64(sizes, dtype, monkeypatch):
             for size, end in zip(sizes, ends, strict=True)
         ]
     )
-    assert actual.dtype == jnp.float32
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert actual.dtype == dtype
+    # A sum in float32 is rounded once: to eight bits by at most one part in 2^8.
+    tolerance = 1e-4 if dtype == 'float32' else 2**-8
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=tolerance, atol=1e-4)
