@@ -47,9 +47,9 @@ def tpu_rows(
 
     Bytes are far above the least. A compiled program shows why: the forward products are written
     in float32 and then rounded; gate and up projections, stored [E, D, 2, F], are copied to
-    [E, D, 2 F] for the products, and their gradient back; and what lies between two products goes
-    through memory. A kernel of the whole MLP that reads weights as they are stored would avoid all
-    three; there is none here.
+    [E, D, 2 F] for the products, and their gradient back; both weights are copied once more, to be
+    multiplied by their transposes; and what lies between two products goes through memory. A kernel
+    of the whole MLP that reads weights as they are stored would avoid all of it; there is none.
 
     Args:
         chips: among `CHIPS`.
