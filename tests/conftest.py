@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices."""
 
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ if jaxlib.__version__.startswith('0.10.'):
     FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
 jax.config.update('jax_num_cpu_devices', 8)
+# Traced programs are many live objects, and the default looks through them again and again.
+gc.set_threshold(200_000, 20, 100)
 
 # What takes a minute or more on two cores. `-m 'not slow'` leaves it out.
 SLOW_FILES = {
@@ -35,6 +38,7 @@ def pytest_sessionstart() -> None:
     assert jax.device_count() == 8, f'tests need 8 CPU devices; found {jax.device_count()}'
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests of slow files, and keeps a file, or all that launches studies, together."""
     for item in items:

@@ -335,7 +335,7 @@ def test_what_becomes_of_every_parameter(scan_layers: bool):
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     zeros = jax.tree.map(np.zeros_like, params)
     adamw = make_optimizer(OptimizerConfig(1.0, schedule='constant'), 5, axes)
-    updates, _ = adamw.update(zeros, adamw.init(params), params)
+    updates, _ = jax.jit(adamw.update)(zeros, jax.jit(adamw.init)(params), params)
     moved = names(updates, lambda path, leaf: np.allclose(leaf, -0.1))
     assert moved == ORTHOGONALISED | DECAYED
     assert names(updates, lambda path, leaf: not np.any(leaf)) == LEFT
