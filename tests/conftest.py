@@ -11,6 +11,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import jax
 import jaxlib
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # Tests compile much and compute little: half of the suite's time is LLVM polishing code that runs
 # once. What XLA itself does to a program, which tests read from its HLO, stays as it is.
@@ -26,10 +28,18 @@ gc.set_threshold(200_000, 20, 100)
 # What takes a minute or more on two cores. `-m 'not slow'` leaves it out.
 SLOW_FILES = {
     *('test_attention_kinds', 'test_engine', 'test_exchange', 'test_expert_parallel'),
-    *('test_mtp', 'test_speculate', 'test_surgery_pruning', 'test_convert'),
-    *('test_cache', 'test_estimators', 'test_fused', 'test_mtp_loss', 'test_step'),
-    *('test_generate', 'test_growing_source', 'test_initial', 'test_notebook', 'test_processes'),
-    *('test_published', 'test_resume', 'test_serve', 'test_sweep', 'test_targets_stage'),
+    *('test_mtp', 'test_speculate', 'test_surgery_pruning', 'test_convert', 'test_transformer'),
+    *('test_balance_statistics', 'test_benchmark', 'test_cache', 'test_estimators', 'test_fused'),
+    *('test_exams', 'test_initial', 'test_more_teachers', 'test_mtp_loss', 'test_on_policy_study'),
+    *('test_generate', 'test_growing_source', 'test_notebook', 'test_processes', 'test_remote'),
+    *('test_published', 'test_resume', 'test_serve', 'test_step', 'test_sweep'),
+    *('test_targets_stage', 'test_bad_input'),
+}
+
+# What looks at the one study that a fixture runs from start to end.
+LAUNCHING_FILES = {
+    *('test_bad_input', 'test_initial', 'test_launch', 'test_on_policy_study'),
+    *('test_processes', 'test_resume', 'test_targets_stage'),
 }
 
 
@@ -38,14 +48,25 @@ def pytest_sessionstart() -> None:
     assert jax.device_count() == 8, f'tests need 8 CPU devices; found {jax.device_count()}'
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of slow files, and keeps a file, or all that launches studies, together."""
+    """Marks the tests of slow files."""
     for item in items:
         if item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
-        launches = 'launcher' in getattr(item, 'fixturenames', ())
-        item.add_marker(pytest.mark.xdist_group('launches' if launches else item.path.stem))
+
+
+class ByFile(LoadScopeScheduling):
+    """Gives a process whole files, and one all the files that look at the same study."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = pathlib.Path(nodeid.split('::')[0])
+        return 'study' if file.stem in LAUNCHING_FILES else str(file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    """Tells pytest-xdist how to share out the tests."""
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope='module', autouse=True)
