@@ -43,8 +43,8 @@ QUESTIONS = [
 
 def in_words(params):
     """Makes a model that all but always writes ASCII: its bytes score high, all other ids 0."""
-    scale = np.where(np.arange(CONFIG.vocab_size) < 128, 3.0, 0.0)[:, None]
-    return params | {'embed': {'embedding': params['embed']['embedding'] * scale}}
+    scale = np.where(np.arange(CONFIG.vocab_size) < 128, 3.0, 0.0)
+    return params | {'head': {'kernel': params['head']['kernel'] * scale}}
 
 
 class Server:
@@ -395,7 +395,7 @@ def test_a_teacher_that_is_not_declared_is_refused_by_name(proxy, tmp_path):
             build_study(config)
     config = study(proxy)
     config.teacher.provenance.permits_training = False
-    with pytest.raises(InputError, match='nothing may be trained on its outputs'):
+    with pytest.raises(InputError, match='terms forbid training on its outputs'):
         build_study(config)
     assert not proxy.asked
 
@@ -408,7 +408,7 @@ def test_a_teacher_that_is_not_declared_is_refused_by_name(proxy, tmp_path):
         ({'teacher.remote.api_key_variable': 'sk-0123'}, 'not the key itself'),
         ({'teacher.remote.max_dollars': 1.0}, 'needs the prices'),
         ({'teacher.checkpoint': 'folder'}, 'config.teacher.checkpoint'),
-        ({'targets.cached': False}, "it needs config.targets.kind='top_k'"),
+        ({'targets.cached': False}, "received kind='top_k', cached=False"),
         ({'targets.temperature': 2.0}, 'temperature=1.0'),
         ({'student.init.method': 'upcycle'}, 'does not give'),
         ({'student.terms.kl.name': 'hinge', 'student.terms.kl.k': 2}, 'hinge orders'),

@@ -89,7 +89,7 @@ def test_a_sweep_compares_what_its_studies_measured(swept: pathlib.Path):
     assert starts == ['random', 'upcycle']
     rows = json.loads((swept.parent / 'rows.json').read_text())
     assert rows == figures(comparison)
-    assert len(rows) == 2 * 2 * 5
+    assert len(rows) == 2 * 2 * 6  # variants, models, metrics
     assert '| upcycled | student |' in (swept / 'comparison.md').read_text()
     assert (swept / 'comparison.png').read_bytes().startswith(b'\x89PNG')
 
