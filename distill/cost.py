@@ -6,11 +6,12 @@ one's own (`dataclasses.replace`, or a new `ChipPrice`) is meant to take its pla
 """
 
 import dataclasses
+import functools
 import math
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 import flax.linen as nn
@@ -252,31 +253,38 @@ def teacher_to_student(
 
 
 def measure_prefill(
-    model: nn.Module, variables: Any, tokens: Int[Array, 'B T'], *, repeats: int = 5
-) -> float:
+    models: Mapping[str, tuple[nn.Module, Any]], tokens: Int[Array, 'B T'], *, repeats: int = 5
+) -> dict[str, float]:
     """Measures the throughput of whole sequences in one forward pass.
 
-    It ends in the logits of every position and writes no key-value cache. Compiles and runs once
-    before the clock starts.
+    It ends in the logits of every position and writes no key-value cache. Every model is compiled
+    and run once before the clock starts; then they run in turn, so that a machine that is busy for
+    a while is busy for all of them.
 
     Args:
-        model: applied as `model.apply(variables, tokens)`.
-        variables: of the model, unboxed.
-        tokens: the batch; its size decides the throughput as much as the model does.
-        repeats: timed runs, at least 1.
+        models: by name a model, applied as `model.apply(variables, tokens)`, and its variables,
+            unboxed.
+        tokens: the batch; its size decides the throughput as much as a model does.
+        repeats: timed runs of each, at least 1.
 
     Returns:
-        Tokens per second, by the median run.
+        Tokens per second of each, by its median run.
 
     Raises:
         InputError: where `repeats` is below 1.
     """
     require(repeats >= 1, 'repeats', 'at least 1', repeats)
-    forward = jax.jit(lambda variables, tokens: model.apply(variables, tokens))
-    jax.block_until_ready(forward(variables, tokens))
-    seconds = []
+    for model, variables in models.values():
+        jax.block_until_ready(_prefill(model, variables, tokens))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(forward(variables, tokens))
-        seconds.append(time.perf_counter() - start)
-    return tokens.size / statistics.median(seconds)
+        for name, (model, variables) in models.items():
+            start = time.perf_counter()
+            jax.block_until_ready(_prefill(model, variables, tokens))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: tokens.size / statistics.median(times) for name, times in seconds.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(model: nn.Module, variables: Any, tokens: Int[Array, 'B T']) -> Any:
+    return model.apply(variables, tokens)

@@ -41,21 +41,21 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         `samples` of every model, and the circumstances of the measurement.
     """
     with progress_line('evaluate', len(models)) as line:
-        evaluations, costs, samples = {}, {}, {}
+        evaluations, samples = {}, {}
         for name in models:
             line.say(f'{name}: held-out text')
             evaluations[name] = _quality(context, models, name)
-            line.say(f'{name}: throughput')
-            costs[name] = _cost(context, *models[name])
             line.say(f'{name}: samples')
             samples[name] = write_samples(context, *models[name])
         line.say('student: routing')
         _save_routing(context, *models['student'])
+        line.say('throughput')
+        speeds = measure_prefill(models, _prefill_tokens(context))
     rows: dict[str, dict[str, Any]] = {
         name: summarize(evaluation, seed=context.study.seed)
         | _by_bin(evaluation, context.study.seed)
         | _own_text(context, models, name)
-        | costs[name]
+        | _cost(context, models[name][0], speeds[name])
         for name, evaluation in evaluations.items()
     }
     return {
@@ -141,11 +141,10 @@ def _save_routing(context: Context, model: Transformer, variables: Any) -> None:
         maps.save(file)
 
 
-def _cost(context: Context, model: Transformer, variables: Any) -> dict[str, Any]:
-    """Counts and measures what a token costs."""
+def _cost(context: Context, model: Transformer, speed: float) -> dict[str, Any]:
+    """Counts what a token costs, and prices it by the measured tokens per second."""
     config, length = context.study.evaluate, context.study.evaluate.context_length
     parameters = parameter_report(model.config)
-    speed = measure_prefill(model, variables, _prefill_tokens(context))
     return {
         'parameters': {'total': parameters.total, 'active': parameters.active},
         'flops_per_token': flops_per_token(model.config, context_length=length).total,
