@@ -16,7 +16,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Tests compile much and compute little: half of the suite's time is LLVM polishing code that runs
 # once. What XLA itself does to a program, which tests read from its HLO, stays as it is.
-FLAGS = ['--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true']
+FLAGS = [
+    *('--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true'),
+    '--xla_cpu_parallel_codegen_split_count=1',
+]
 if jaxlib.__version__.startswith('0.10.'):
     # The older of the two emitters takes half as long; later releases have one alone.
     FLAGS.append('--xla_cpu_use_fusion_emitters=false')

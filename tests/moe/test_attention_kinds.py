@@ -93,7 +93,6 @@ def token_by_token(config, variables):
     'config',
     [
         dataclasses.replace(SMALL, attention=(SLIDING, LATENT), num_layers=4),
-        dataclasses.replace(SMALL, attention=(LINEAR, SLIDING), scan_layers=False),
         dataclasses.replace(SMALL, attention=(CLIPPED, HEADWISE, STRETCHED), num_layers=3),
         MIXED,
     ],
