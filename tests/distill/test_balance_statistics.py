@@ -36,8 +36,7 @@ LAYOUTS = {
     'one piece': (None, 1),
     'micro-batches': (None, 4),
     'data x fsdp x expert': (MeshConfig(data=2, fsdp=2, expert=2), 1),
-    'data x expert x tensor': (MeshConfig(data=2, expert=2, tensor=2), 1),
-    'both': (MeshConfig(expert=2, tensor=2), 4),
+    'both': (MeshConfig(data=2, expert=2, tensor=2), 2),
 }
 
 
@@ -60,7 +59,7 @@ def make_batch() -> Batch:
 def largest_logits() -> np.ndarray:
     """Of each layer and head, over the whole batch."""
     batch = make_batch()
-    apply = functools.partial(Transformer(CONFIG).apply, mutable=[MAX_LOGITS])
+    apply = jax.jit(functools.partial(Transformer(CONFIG).apply, mutable=[MAX_LOGITS]))
     _, noted = apply(
         variables(), batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
     )

@@ -80,7 +80,7 @@ def test_the_divergence_is_that_of_the_written_tokens():
     rows = written(TEXTS).rows
 
     def log_probs(values):
-        output = MODEL.apply(
+        output = jax.jit(MODEL.apply)(
             values, rows['tokens'], positions=rows['positions'], segment_ids=rows['segment_ids']
         )
         logits = np.asarray(output.logits, np.float64)

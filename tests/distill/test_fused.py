@@ -209,8 +209,11 @@ def test_dense_targets_and_no_mask():
     assert_equal(result, expected(EVERY_TERM, masked=False), EVERY_TERM, B * T)
 
 
-@pytest.mark.parametrize('form', ['hidden', 'dense'])
-@pytest.mark.parametrize('shape', MESHES, ids=str)
+@pytest.mark.parametrize(
+    ('shape', 'form'),
+    [*((shape, 'hidden') for shape in MESHES), *((shape, 'dense') for shape in MESHES[2:4])],
+    ids=str,
+)
 def test_every_mesh_equals_one_device(shape, form):
     axes = ('data', 'fsdp', 'expert', 'tensor')
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 4)

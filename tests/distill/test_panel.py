@@ -75,7 +75,7 @@ def test_each_token_is_taught_by_its_shares(routed):
 
     def log_probs(model, values):
         where = {'positions': data.positions, 'segment_ids': data.segment_ids}
-        logits = np.asarray(model.apply(values, data.tokens, **where).logits, np.float64)
+        logits = np.asarray(jax.jit(model.apply)(values, data.tokens, **where).logits, np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     log_s = log_probs(recipe.model, student)

@@ -25,6 +25,7 @@ CONFIG = TransformerConfig(
     # So few slots that a batch would drop tokens, if any could be dropped.
     moe=MoEConfig(RouterConfig(4, 2), 8, layers=(1,), dispatch='capacity', capacity_factor=0.25),
     logit_soft_cap=20.0,
+    scan_layers=False,
 )
 RNG = np.random.default_rng(5)
 # Context and continuation; one of them is empty, one of one token, and two are past 16 tokens.

@@ -35,6 +35,7 @@ STUDENT = TransformerConfig(
         shared_dim=8,
         first_dense_layers=1,
     ),
+    scan_layers=False,
 )
 TEACHER = TransformerConfig(
     vocab_size=V,
@@ -43,6 +44,7 @@ TEACHER = TransformerConfig(
     mlp_dim=32,
     attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=6),
     tie_embeddings=True,
+    scan_layers=False,
 )
 TERMS = (
     Term('forward_kl', weight=0.7, temperature=2.0, scale_by_temperature_squared=True),
@@ -65,10 +67,13 @@ def make_batch(seed: int = 0) -> Batch:
     return Batch(*(jnp.asarray(a, bool if a.dtype == bool else jnp.int32) for a in arrays))
 
 
-def make_recipe(mesh=None, *, micro_batches: int = 1, chunk_size: int = 512) -> Recipe:
+def make_recipe(
+    mesh=None, *, micro_batches: int = 1, chunk_size: int = 512, dispatch: str = 'grouped'
+) -> Recipe:
     """Plain gradient descent at rate 1: the parameters move by exactly the gradient."""
+    moe = dataclasses.replace(STUDENT.moe, dispatch=dispatch)
     return Recipe(
-        model=Transformer(STUDENT, mesh),
+        model=Transformer(dataclasses.replace(STUDENT, moe=moe), mesh),
         objective=Objective(TERMS),
         optimizer=optax.sgd(1.0),
         train=TrainConfig(steps=1, micro_batches=micro_batches, chunk_size=chunk_size),
@@ -89,23 +94,32 @@ def variables():
 
 
 @functools.cache
+def compiled(recipe: Recipe):
+    """The update on one device."""
+    return jax.jit(make_train_step(recipe)).lower(*arguments(recipe)).compile()
+
+
+def arguments(recipe: Recipe):
+    student, teacher = variables()
+    return initial_state(recipe, student), teacher, make_batch()
+
+
+@functools.cache
+def run(recipe: Recipe):
+    return jax.device_get(compiled(recipe)(*arguments(recipe)))
+
+
+PLAIN = make_recipe()
+
+
 def reference():
     """One update on one device, in one piece."""
-    return run(make_recipe())
-
-
-def run(recipe: Recipe, batch: Batch | None = None):
-    student, teacher = variables()
-    return jax.device_get(
-        jax.jit(make_train_step(recipe))(
-            initial_state(recipe, student), teacher, make_batch() if batch is None else batch
-        )
-    )
+    return run(PLAIN)
 
 
 def assert_same_update(got, wanted, *, exact_routing: bool = True):
     (state, metrics), (wanted_state, wanted_metrics) = got, wanted
-    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=5e-6)
     jax.tree.map(close, state.params, wanted_state.params)
     same_routing = np.testing.assert_array_equal if exact_routing else close
     jax.tree.map(same_routing, state.routing, wanted_state.routing)
@@ -168,78 +182,73 @@ def run_recipe_on(mesh, recipe: Recipe):
     return jax.device_get(step(state, place(recipe.teacher.model, teacher), batch))
 
 
-def global_recipe(mesh=None, *, micro_batches: int = 1) -> Recipe:
+def scoped_recipe(scope: str, mesh=None, *, micro_batches: int = 1) -> Recipe:
+    """On one device by the oracle: no balance hangs on the dispatch."""
     balance = dataclasses.replace(
-        BALANCE, load_balance_scope='global', selection_bias_rule='proportional'
+        BALANCE, load_balance_scope=scope, selection_bias_rule='proportional'
     )
-    recipe = make_recipe(mesh, micro_batches=micro_batches)
+    dispatch = 'dense' if mesh is None else 'grouped'
+    recipe = make_recipe(mesh, micro_batches=micro_batches, dispatch=dispatch)
     return dataclasses.replace(recipe, balance=balance)
 
 
+def balance_loss(metrics) -> float:
+    total, weight = metrics.pairs['load_balance_loss']
+    return total / weight
+
+
+@functools.cache
+def global_update():
+    return run(scoped_recipe('global'))
+
+
 def test_the_global_scope_sees_every_shard_and_micro_batch():
-    wanted = run(global_recipe())
-    biases = jax.tree.leaves(wanted[0].routing)[0]
-    load = np.asarray(wanted[1].load)
+    wanted = global_update()
+    biases = np.ravel(jax.tree.leaves(wanted[0].routing)[0])
+    load = np.ravel(wanted[1].load)
     np.testing.assert_allclose(biases, 0.01 * (load.mean() - load) / load.mean(), rtol=1e-5)
-
-    def balance_loss(metrics):
-        total, weight = metrics.pairs['load_balance_loss']
-        return total / weight
-
     assert abs(balance_loss(wanted[1]) - balance_loss(reference()[1])) > 1e-3
-    assert_same_update(run(global_recipe(micro_batches=4)), wanted, exact_routing=False)
+    split = run(scoped_recipe('global', micro_batches=4))
+    assert_same_update(split, wanted, exact_routing=False)
     mesh = make_mesh(MeshConfig(data=2, expert=4))
-    recipe = global_recipe(mesh, micro_batches=1)
+    recipe = scoped_recipe('global', mesh)
     assert_same_update(run_recipe_on(mesh, recipe), wanted, exact_routing=False)
 
 
 def test_the_micro_batch_scope_sees_its_part_alone():
-    losses = []
-    for micro_batches in (1, 4):
-        recipe = global_recipe(micro_batches=micro_batches)
-        balance = dataclasses.replace(recipe.balance, load_balance_scope='micro_batch')
-        _, metrics = run(dataclasses.replace(recipe, balance=balance))
-        losses.append(metrics.pairs['load_balance_loss'])
-    (whole, weight), (parts, same_weight) = losses
-    assert weight == same_weight
-    assert parts / weight > whole / weight + 1e-3
+    whole = global_update()[1]
+    _, parts = run(scoped_recipe('micro_batch', micro_batches=4))
+    assert parts.pairs['load_balance_loss'][1] == whole.pairs['load_balance_loss'][1]
+    assert balance_loss(parts) > balance_loss(whole) + 1e-3
 
 
 def test_a_bad_update_is_skipped_and_counted():
-    recipe = make_recipe()
-    student, teacher = variables()
+    state, teacher, batch = arguments(PLAIN)
+    student, _ = variables()
     poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, teacher)
-    state = initial_state(recipe, student)
-    step = jax.jit(make_train_step(recipe))
-    once, _ = step(state, poisoned, make_batch())
-    twice, metrics = step(once, poisoned, make_batch())
+    step = compiled(PLAIN)
+    once, _ = step(state, poisoned, batch)
+    twice, metrics = step(once, poisoned, batch)
     assert int(twice.step) == 2
     assert int(metrics.skipped) == int(twice.skipped) == 2
     jax.tree.map(np.testing.assert_array_equal, twice.params, student['params'])
     jax.tree.map(np.testing.assert_array_equal, twice.routing, state.routing)
-    good, _ = step(twice, teacher, make_batch())
+    good, _ = step(twice, teacher, batch)
     assert int(good.skipped) == 0
     jax.tree.map(np.testing.assert_array_equal, good.params, reference()[0].params)
 
 
-@functools.cache
-def compiled_text(*, chunk_size: int, dispatch: str = 'grouped') -> str:
-    """The optimized HLO of the update on one device."""
-    recipe = make_recipe(chunk_size=chunk_size)
-    moe = dataclasses.replace(STUDENT.moe, dispatch=dispatch)
-    model = Transformer(dataclasses.replace(STUDENT, moe=moe))
-    recipe = dataclasses.replace(recipe, model=model)
-    student, teacher = variables()
-    arguments = initial_state(recipe, student), teacher, make_batch()
-    return jax.jit(make_train_step(recipe)).lower(*arguments).compile().as_text()
+def compiled_text(**how) -> str:
+    """The optimized HLO of the update on one device, in chunks of two tokens a row."""
+    return compiled(make_recipe(chunk_size=2 * B, **how)).as_text()
 
 
 def test_the_compiled_step_holds_no_logits_of_the_batch():
     shapes = [f'[{B},{T},{V}]', f'[{B * T},{V}]', f'[{T},{B},{V}]', f'[{T * B},{V}]']
-    text = compiled_text(chunk_size=2 * B)
+    text = compiled_text()
     assert not [shape for shape in shapes if shape in text]
     # The search is able to find them: a chunk of the whole batch does hold logits of all tokens.
-    assert [shape for shape in shapes if shape in compiled_text(chunk_size=B * T)]
+    assert [shape for shape in shapes if shape in compiled(PLAIN).as_text()]
 
 
 def test_the_compiled_step_does_not_expand_the_grouped_product():
@@ -250,7 +259,7 @@ def test_the_compiled_step_does_not_expand_the_grouped_product():
         shapes = re.findall(r'f32\[([\d,]+)\]', text)
         return max(math.prod(map(int, shape.split(','))) for shape in shapes)
 
-    assert largest(compiled_text(chunk_size=2 * B)) < every_expert_on_every_token
+    assert largest(compiled_text()) < every_expert_on_every_token
     # The search is able to find it: the oracle is such an expansion.
-    oracle = compiled_text(chunk_size=2 * B, dispatch='dense')
+    oracle = compiled_text(dispatch='dense')
     assert largest(oracle) >= every_expert_on_every_token

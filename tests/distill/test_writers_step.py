@@ -82,7 +82,7 @@ def reference() -> dict[str, float]:
 
     def log_probs(values):
         where = {'positions': batch.positions, 'segment_ids': batch.segment_ids}
-        logits = np.asarray(MODEL.apply(values, batch.tokens, **where).logits, np.float64)
+        logits = np.asarray(jax.jit(MODEL.apply)(values, batch.tokens, **where).logits, np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     log_q, log_p = log_probs(student()), log_probs(variables()[1])
