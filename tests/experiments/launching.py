@@ -38,7 +38,7 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Launcher:
-    """Runs `python -m experiments.launch` on a machine of fake devices.
+    """Runs `python -m experiments.launch`, or its sibling, on a machine of fake devices.
 
     Attributes:
         process: a warmed-up interpreter that forks the launches.
@@ -60,14 +60,16 @@ class Launcher:
     def start(
         self,
         *argv: str,
+        command: str = 'launch',
         devices: int = 8,
         event: tuple[str, str, int, int] | None = None,
         limit: int | None = None,
     ) -> Started:
-        """Starts a launch; `event` and `limit` are as in warm_launcher.py."""
+        """Starts a launch, or another command; `event` and `limit` are as in warm_launcher.py."""
         output = self.scratch / f'{len(list(self.scratch.iterdir()))}.txt'
         output.touch()
-        answer = self._ask(argv=argv, output=str(output), devices=devices, event=event, limit=limit)
+        how = {'command': command, 'devices': devices, 'event': event, 'limit': limit}
+        answer = self._ask(argv=argv, output=str(output), **how)
         return answer['pid'], output
 
     def wait(self, started: Started) -> Finished:

@@ -21,8 +21,8 @@ TEXT = {text!r}
 HELD_OUT, HELD_OUT_DOCUMENTS = 0.3, 4
 VOCAB_SIZE, SEQ_LEN, BATCH_SIZE, STEPS = 300, 32, 4, 6
 OPTIMIZER, LEARNING_RATE = 'adamw', 5e-3
-TEACHER = {{'num_layers': 1, 'embed_dim': 32, 'mlp_dim': 32}}
-STUDENT = {{'num_layers': 1, 'embed_dim': 16, 'mlp_dim': 16}}
+TEACHER = {{'num_layers': 1, 'embed_dim': 32, 'mlp_dim': 32, 'scan_layers': False}}
+STUDENT = {{'num_layers': 1, 'embed_dim': 16, 'mlp_dim': 16, 'scan_layers': False}}
 TEACHER_HEADS = STUDENT_HEADS = {{'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}}
 EXPERTS, EXPERTS_PER_TOKEN, EXPERT_DIM = 4, 2, 8
 SAMPLE_TOKENS = 4
@@ -46,7 +46,14 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
     names = assigned(sizes.source)
     sizes.source = TINY.format(text=str(folder / '*.txt'))
     assert assigned(sizes.source) == names
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
+    environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_NUM_CPU_DEVICES': '2',
+        # The control is trained by the program of the student.
+        'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
     client = nbclient.NotebookClient(
         notebook,
         timeout=240,

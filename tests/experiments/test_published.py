@@ -3,13 +3,11 @@
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from launching import ROOT, Launcher, metric_rows
+from launching import Finished, Launcher, metric_rows
 
 import moe
 from distill.pretrained_tokenizer import PretrainedTokenizer, write_pretrained
@@ -19,6 +17,7 @@ PADDED = 264  # the tokenizer has 259 ids
 STUDENT = (
     '--config.student.model.moe.router.selection_bias=False',
     '--config.student.balance.selection_bias_rate=0.0',
+    '--config.student.model.moe.dispatch=dense',
 )
 # Upcycled from the teacher's folder: the same model at step 0, and a mixture of experts.
 START = (
@@ -62,7 +61,8 @@ def study(
             *STUDENT,
             *START,
             f'--config.student.init.checkpoint={published}',
-        )
+        ),
+        devices=1,
     )
     assert finished.status == 0, finished.output
     return workdir
@@ -143,26 +143,20 @@ def test_teachers_that_are_not_there(
     assert re.search(message, finished.output)
 
 
-def convert(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, '-m', 'experiments.convert', *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_there_and_back(published: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_there_and_back(
+    launcher: Launcher, published: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     """A folder becomes a checkpoint of ours, and that a folder, with the same bytes."""
+
+    def convert(source: pathlib.Path, out: pathlib.Path) -> Finished:
+        return launcher.run(f'--source={source}', f'--out={out}', command='convert', devices=1)
+
     stage, again = tmp_path / 'run' / 'teacher', tmp_path / 'again'
-    first = convert(f'--source={published}', f'--out={stage}')
-    assert first.returncode == 0, first.stderr
-    second = convert(f'--source={stage}', f'--out={again}')
-    assert second.returncode == 0, second.stderr
+    for finished in (convert(published, stage), convert(stage, again)):
+        assert finished.status == 0, finished.output
     weights = [folder / 'model.safetensors' for folder in (published, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert (again / 'tokenizer.json').read_text() == (published / 'tokenizer.json').read_text()
-    refused = convert(f'--source={stage}', f'--out={again}')
-    assert refused.returncode == 2
-    assert 'must be an empty folder' in refused.stderr
+    refused = convert(stage, again)
+    assert refused.status == 2
+    assert 'must be an empty folder' in refused.output

@@ -81,6 +81,7 @@ def context_of(
 def test_a_copy_is_the_published_model_run_as_the_config_says(folders, tmp_path):
     ahead = {'student.model.mtp_depth': 1, 'student.mtp_weight': 0.3}
     changes = {'student.init.method': 'copy', 'student.model.moe.dispatch': 'dense'}
+    changes |= {'student.model.scan_layers': True}
     context = context_of(folders, tmp_path, 'experts', **changes, **ahead)
     require_source(context)
     config = context.study.student.model

@@ -3,13 +3,11 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import ml_collections
 import numpy as np
 import pytest
-from launching import LONGEST_LAUNCH, ROOT, Launcher, checkpoint_arrays
+from launching import Launcher, checkpoint_arrays
 from tiny import get_config
 
 from experiments.sweep_config import build_runs
@@ -24,6 +22,7 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.study = runpy.run_path('tests/experiments/tiny.py')['get_config']()
     config.study.teacher.train.steps = config.study.student.train.steps = 4
+    config.study.student.model.moe.dispatch = 'dense'
     config.study.data.source = SOURCE
     config.seeds = (3,)
     config.baseline = 'forward'
@@ -36,18 +35,6 @@ def get_config():
 VARIANTS, SEED = ('forward', 'upcycled'), 3
 
 
-def sweep(launcher: Launcher, *argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, '-m', 'experiments.sweep', *argv],
-        cwd=ROOT,
-        env=launcher.environment,
-        capture_output=True,
-        text=True,
-        timeout=LONGEST_LAUNCH,
-        check=False,
-    )
-
-
 @pytest.fixture(scope='module')
 def swept(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The workdir of a sweep that was run, and once more."""
@@ -55,13 +42,13 @@ def swept(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> pathl
     config = folder / 'sweep.py'
     config.write_text(SWEEP.replace('SOURCE', repr(launcher.source)))
     argv = (f'--config={config}', f'--workdir={folder / "runs"}', f'--json={folder / "rows.json"}')
-    finished = sweep(launcher, *argv)
-    assert finished.returncode == 0, finished.stderr
+    finished = launcher.run(*argv, command='sweep', devices=1)
+    assert finished.status == 0, finished.output
     before = (folder / 'runs' / 'comparison.json').read_text()
     (folder / 'runs' / 'upcycled' / 'seed_3' / 'report' / 'result.json').unlink()
-    finished = sweep(launcher, *argv)
-    assert finished.returncode == 0, finished.stderr
-    assert 'upcycled/seed_3, skipped' in finished.stderr
+    finished = launcher.run(*argv, command='sweep', devices=1)
+    assert finished.status == 0, finished.output
+    assert 'upcycled/seed_3, skipped' in finished.output
     again = (folder / 'runs' / 'comparison.json').read_text()
     assert json.loads(again)['variants'] == json.loads(before)['variants']
     return folder / 'runs'

@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
         batch_size=8,
     )
     for part in (config.teacher, config.student):
-        part.model.update(num_layers=1, embed_dim=16, mlp_dim=32)
+        part.model.update(num_layers=1, embed_dim=16, mlp_dim=32, scan_layers=False)
         part.model.attention.update(num_heads=2, num_kv_heads=2, head_dim=8)
         part.optimizer.warmup_steps = 2
         part.train.update(steps=12, micro_batches=1, chunk_size=64, log_every=1, checkpoint_every=3)

@@ -1,8 +1,9 @@
 """One warmed-up interpreter that forks a launch for each request: a process without its start.
 
-Reads a JSON object a line. {"argv": [...], "output": PATH, "devices": N, "event": E, "limit": B}
-forks `python -m experiments.launch ARGV`, with all it prints in PATH and no file longer than B
-bytes, and answers with its pid; {"wait": PID} answers with its exit status, negative for a signal.
+Reads a JSON object a line. {"command": NAME, "argv": [...], "output": PATH, "devices": N, "event":
+E, "limit": B} forks `python -m experiments.NAME ARGV`, with all it prints in PATH and no file
+longer than B bytes, and answers with its pid; {"wait": PID} answers with its exit status, negative
+for a signal.
 
 An event [WHERE, STAGE, STEP, SIGNAL] sends a signal to the launch from within, at a moment that a
 signal from outside could hit by luck alone: 'step' after a step was observed, 'saving' while
@@ -10,6 +11,8 @@ orbax writes the arrays in the background, 'unsealed' when they are written and 
 'shard' when the shard of targets numbered STEP is written and the journal does not list it.
 """
 
+import gc
+import importlib
 import json
 import os
 import resource
@@ -19,7 +22,7 @@ from typing import Any
 import jax
 
 from distill import checkpoint, target_store
-from experiments import cli, launch
+from experiments import cli, stages  # noqa: F401 - what takes long to import
 from experiments.watch import Watch
 
 
@@ -79,12 +82,18 @@ def run(request: dict[str, Any]) -> None:
         plan(*request['event'])
     if request['limit'] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request['limit'], request['limit']))
-    sys.argv = ['launch.py', *request['argv']]
-    cli.run(launch.main)
+    # Each command has flags of its own, and some of one name.
+    command = request['command']
+    sys.argv = [f'{command}.py', *request['argv']]
+    cli.run(importlib.import_module(f'experiments.{command}').main)
 
 
 def serve() -> None:
     """Answers requests until there are no more."""
+    # A fork neither copies nor looks through what was there before it.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
     answers = os.fdopen(os.dup(1), 'w')
     for line in sys.stdin:
         request = json.loads(line)
