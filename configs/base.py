@@ -222,6 +222,30 @@ def term(name: str, **fields: float | str | bool | dict) -> ml_collections.Confi
     return term
 
 
+def feature(kind: str, **fields: float | str | bool | tuple | dict) -> ml_collections.ConfigDict:
+    """What is matched inside of student and teacher; fields are those of distill.Feature."""
+    scheduled = {key: value for key, value in fields.items() if isinstance(value, dict)}
+    feature = ml_collections.ConfigDict(
+        dict(
+            kind=kind,  # 'embedding', 'hidden', 'relation', 'attention', 'router' or 'usage'
+            weight=1.0,
+            layers=(),  # pairs (student, teacher), from 0; empty for all, in order
+            metric=config_dict.placeholder(str),  # of states: 'mse' or 'cosine'
+            project=config_dict.placeholder(bool),  # of states: whether through a learnt projector
+            of=config_dict.placeholder(str),  # of 'relation': 'queries', 'keys' or 'values'
+            heads=config_dict.placeholder(int),  # of 'relation': relation heads
+        )
+        | scheduled
+    )
+    feature.update({key: value for key, value in fields.items() if key not in scheduled})
+    return feature
+
+
+def features(**named: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """What is matched, each a `feature()`, under names of one's own."""
+    return ml_collections.ConfigDict(named)
+
+
 def further_teacher(checkpoint: str) -> ml_collections.ConfigDict:
     """Fields of experiments.panel_config.FurtherTeacherConfig."""
     return ml_collections.ConfigDict(
@@ -319,9 +343,9 @@ def get_config() -> ml_collections.ConfigDict:
             selection_bias_rule='sign',  # or 'proportional'
         ),
         mtp_weight=0.0,  # of the same terms over tokens further ahead, the control's too
-        router_match_weight=0.0,  # of how far its routers are from the teacher's
         return_weight=0.0,  # of what a token does to those after it, where the student writes
         rollout=_mapping(),  # `rollout()`, to learn from what a model writes
+        features=_mapping(),  # `features()`, matched inside of student and teacher
         terms=dict(
             kl=term('forward_kl', weight=0.9),
             ce=term('cross_entropy', weight=0.1),

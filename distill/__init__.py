@@ -34,6 +34,13 @@ from distill.divergences import (
     total_variation_per_token,
 )
 from distill.estimators import SampledEstimator, TopKEstimator
+from distill.feature_losses import (
+    attention_match_loss,
+    hidden_match_loss,
+    relation_match_loss,
+    usage_match_loss,
+)
+from distill.features import Feature
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
 from distill.panel import TeacherPanel
@@ -62,6 +69,7 @@ __all__ = [
     'CachedTeacher',
     'DenseTargets',
     'EstimatedTeacher',
+    'Feature',
     'HiddenTargets',
     'Limits',
     'Manner',
@@ -88,11 +96,13 @@ __all__ = [
     'alpha_divergence',
     'alpha_divergence_per_token',
     'ask_all',
+    'attention_match_loss',
     'cross_entropy',
     'cross_entropy_per_token',
     'forward_kl',
     'forward_kl_per_token',
     'fused_distillation_loss',
+    'hidden_match_loss',
     'hinge',
     'hinge_per_token',
     'jeffreys',
@@ -103,6 +113,7 @@ __all__ = [
     'normalized_returns',
     'ranking',
     'ranking_per_token',
+    'relation_match_loss',
     'reverse_kl',
     'reverse_kl_per_token',
     'roll_out',
@@ -116,4 +127,5 @@ __all__ = [
     'span_loss',
     'total_variation',
     'total_variation_per_token',
+    'usage_match_loss',
 ]

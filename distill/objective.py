@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from distill.algebra import PARAMETERS, SPECS, Divergence
+from distill.features import Feature
 from distill.schedules import Schedule, value_at
 from distill.types import WRITERS
 from moe.errors import InputError
@@ -125,14 +126,13 @@ class Objective:
             prediction; a number or a `Schedule`.
         return_weight: of what a token does to those after it, in sequences that the student writes:
             see `distill.returns`; zero or more.
-        router_match_weight: of how far the student's routers are from the teacher's, see
-            `distill.router_match`; a number or a `Schedule`.
+        features: what is matched inside of student and teacher, each with a weight of its own.
     """
 
     terms: tuple[Term, ...]
     mtp_weight: float | Schedule = 0.0
     return_weight: float = 0.0
-    router_match_weight: float | Schedule = 0.0
+    features: tuple[Feature, ...] = ()
 
     def __post_init__(self) -> None:
         valid = isinstance(self.terms, tuple) and all(isinstance(t, Term) for t in self.terms)
@@ -140,24 +140,19 @@ class Objective:
             raise InputError(
                 f'An objective needs a tuple of one or more Term; received {self.terms!r}.'
             )
-        for name in ('mtp_weight', 'return_weight', 'router_match_weight'):
+        for name in ('mtp_weight', 'return_weight'):
             check_number(getattr(self, name), lambda x: x >= 0, name, 'zero or more')
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        extra = self.return_weight > 0 or self.matches_routers
+        extra = self.return_weight > 0 or bool(self.features)
         return extra or any(term.needs_teacher for term in self.terms)
 
     @property
     def uses_mtp(self) -> bool:
         """Whether tokens further ahead count at any step."""
         return _ever_positive(self.mtp_weight)
-
-    @property
-    def matches_routers(self) -> bool:
-        """Whether the teacher's routers count at any step."""
-        return _ever_positive(self.router_match_weight)
 
     def at(self, step: Int[Array, ''] | int) -> tuple[Term, ...]:
         """Returns the terms with every schedule's value at a step, which may be traced."""

@@ -1,7 +1,7 @@
 """One update, as a pure function: micro-batches, loss, gradients, optimizer, router balance."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -11,12 +11,19 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from distill.config import BalanceConfig, TrainConfig
+from distill.feature_match import Inside, features_loss, require_features
+from distill.features import activations_of
 from distill.mtp_loss import mtp_loss, require_weight
 from distill.objective import Objective
 from distill.panel import TeacherPanel, panel_loss, require_panel
+from distill.projectors import (
+    PROJECTORS,
+    initial_projectors,
+    projector_shapes,
+    without_projectors,
+)
 from distill.rollout import Author, Rolled, Rollout, initial_replay, roll_out, rollout_key
 from distill.router_loss import router_loss
-from distill.router_match import matched, require_routers
 from distill.schedules import value_at
 from distill.teacher import OnlineTeacher, Teacher
 from distill.types import Batch, TrainState
@@ -28,8 +35,11 @@ from moe.qk_clip import MAX_LOGITS, clip_heads, require_clippable
 from moe.routing import require_causal
 from moe.selection_bias import update_selection_bias
 from moe.transformer import Transformer, output_head
-from moe.types import ModelOutput, RouterOutput
+from moe.types import ModelOutput
 from moe.validation import require
+
+# Folded into a seed that steps are folded into as well: beyond any of them.
+_PROJECTOR_KEY = 2**31 + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +93,7 @@ class Recipe:
                     'A student taught by its own average needs a teacher of its own architecture; '
                     f'received {self.teacher!r}. Give OnlineTeacher(model).'
                 )
-        if self.objective.matches_routers:
-            require_routers(self.model.config, self.teacher)
+        require_features(self.objective.features, self.model.config, self.teacher)
         if isinstance(self.teacher, TeacherPanel):
             require_panel(
                 self.teacher, writes=self.rollout is not None, ahead=self.objective.uses_mtp
@@ -97,6 +106,14 @@ class Recipe:
                 'return_weight needs the whole distribution of a teacher that runs beside the '
                 f'student; received {type(self.teacher).__name__}. Use targets of kind hidden.'
             )
+
+    @property
+    def projectors(self) -> dict[str, Any]:
+        """The shapes of what is trained beside the model, see `distill.projector_shapes`."""
+        if not self.objective.features:
+            return {}
+        teacher: Any = self.teacher
+        return projector_shapes(self.objective.features, self.model.config, teacher.model.config)
 
     def _require_authors(self, rollout: Rollout) -> None:
         """Refuses writers that cannot write, and a teacher that cannot judge what is new."""
@@ -122,6 +139,8 @@ def initial_state(
 ) -> TrainState:
     """Returns the state before the first update of the given (unboxed) variables.
 
+    Projectors of the objective's features are drawn, from the recipe's seed.
+
     Args:
         recipe: of the updates.
         variables: 'params' and, where there are any, 'routing'.
@@ -134,11 +153,13 @@ def initial_state(
         replay = initial_replay(recipe.rollout.config, *shape)
     routing = variables.get('routing', {})
     own = {'params': variables['params'], 'routing': routing}
+    key = jax.random.fold_in(jax.random.key(recipe.seed), _PROJECTOR_KEY)
+    params = {**variables['params'], **initial_projectors(recipe.projectors, key)}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables['params'],
+        params=params,
         routing=routing,
-        opt_state=recipe.optimizer.init(variables['params']),
+        opt_state=recipe.optimizer.init(params),
         skipped=jnp.zeros((), jnp.int32),
         replay=replay,
         # A copy: what is donated to an update may not stand in two places.
@@ -178,7 +199,7 @@ def make_train_step(
             (sum over unmasked tokens of the terms) / M
           + mtp_weight * (the same of the tokens further ahead, see `distill.mtp_loss`)
           + return_weight * (the surrogate of `distill.returns`, over the student's tokens)
-          + router_match_weight * (sum over tokens of the distance from the teacher's routers) / R
+          + (sum over features of weight * sum over tokens of what they lie apart) / R
           + load_balance_weight * (sum over sequences and MoE layers of the load-balance loss) / R L
           + router_z_weight * (sum over tokens and MoE layers of the z-loss) / R L,
 
@@ -224,7 +245,7 @@ def _rolled_out(recipe: Recipe, state: TrainState, teacher: Any, batch: Batch) -
         return Rolled(batch, None, {})
     authors = {}
     if rollout.config.lmbda > 0:
-        variables = {'params': state.params, 'routing': state.routing}
+        variables = {'params': without_projectors(state.params), 'routing': state.routing}
         authors[STUDENT] = Author(recipe.model, variables)
     if rollout.config.teacher_share > 0:
         model: Any = getattr(recipe.teacher, 'model', None)
@@ -257,7 +278,11 @@ def _update(
         routing=routing,
         opt_state=opt_state,
         skipped=jnp.zeros((), jnp.int32),
-        ema=_average(recipe.ema_decay, state.ema, {'params': params, 'routing': routing}),
+        ema=_average(
+            recipe.ema_decay,
+            state.ema,
+            {'params': without_projectors(params), 'routing': routing},
+        ),
     )
     kept = dataclasses.replace(state, skipped=state.skipped + 1)
     chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
@@ -343,7 +368,7 @@ def _whole_load(recipe: Recipe, state: TrainState, parts: _Part) -> Array | None
         return None
 
     def measure(part: _Part) -> tuple[Array, None]:
-        return _loads(_forward(recipe, state.params, state, part)[0]), None
+        return _loads(_forward(recipe, state.params, state, part, ())[0]), None
 
     return _over_parts(measure, parts)[0]
 
@@ -371,30 +396,29 @@ def _over_parts(function: Callable[[_Part], tuple[Any, Any]], parts: _Part) -> t
 
 
 def _forward(
-    recipe: Recipe, params: Any, state: TrainState, part: _Part
-) -> tuple[ModelOutput, Any]:
+    recipe: Recipe, params: Any, state: TrainState, part: _Part, noted: Sequence[str]
+) -> tuple[ModelOutput, Mapping[str, Any]]:
     """Runs the model on one micro-batch, with the noise that its routers are trained with.
 
     Returns:
-        The output, and each head's largest logit where heads are clipped, else None.
+        The output, and the collections that were to be noted, by name.
     """
     model, batch = recipe.model, part.batch
     rngs = {}
     if model.config.moe is not None and model.config.moe.router.jitter > 0:
         step_key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
         rngs = {'jitter': jax.random.fold_in(step_key, part.number)}
-    measured = False if recipe.qk_clip is None else [MAX_LOGITS]
     result: Any = model.apply(
-        {'params': params, 'routing': state.routing},
+        {'params': without_projectors(params), 'routing': state.routing},
         batch.tokens,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
         logits=False,
         mtp=model.config.mtp_depth > 0,
         rngs=rngs,
-        mutable=measured,
+        mutable=list(noted) or False,
     )
-    return (result[0], result[1][MAX_LOGITS]) if measured else (result, None)
+    return result if noted else (result, {})
 
 
 def _router_masks(output: ModelOutput, segment_ids: Array) -> list[Array]:
@@ -417,7 +441,10 @@ def _loss(
     And with it what adds up over micro-batches, and each head's largest logit.
     """
     model, batch = recipe.model, part.batch
-    output, max_logits = _forward(recipe, params, state, part)
+    clipped = () if recipe.qk_clip is None else (MAX_LOGITS,)
+    activations = activations_of(recipe.objective.features)
+    output, noted = _forward(recipe, params, state, part, (*activations, *clipped))
+    max_logits = noted.get(MAX_LOGITS)
     head = output_head(model.config, params).astype(output.hidden.dtype)
     targets, taught = _asked(recipe, teacher, batch)
     terms = recipe.objective.at(state.step)
@@ -445,6 +472,12 @@ def _loss(
         further, more = mtp_loss(output.ahead, head, targets, terms, batch, **settings)
         loss += value_at(recipe.objective.mtp_weight, state.step) * further
         pairs |= more
+    if taught is not None:
+        inside = Inside(model.config, output.router, noted)
+        known = params.get(PROJECTORS, {}), batch.segment_ids, state.step
+        apart, more = features_loss(recipe.objective.features, inside, taught, *known)
+        loss += apart / whole.routed
+        pairs |= more
     if model.config.moe is None:
         return loss, (_Totals(loss, pairs), max_logits)
     routers = router_loss(
@@ -455,10 +488,6 @@ def _loss(
         load=whole.load,
     )
     loss += routers.loss / whole.routed
-    if taught:
-        match = matched(model.config, recipe.teacher, output.router, taught, batch)
-        loss += value_at(recipe.objective.router_match_weight, state.step) * match[0] / whole.routed
-        pairs |= {'router_match_loss': match}
     totals = _Totals(
         loss=loss,
         pairs=pairs | routers.pairs,
@@ -469,14 +498,16 @@ def _loss(
     return loss, (totals, max_logits)
 
 
-def _asked(recipe: Recipe, variables: Any, batch: Batch) -> tuple[Any, tuple[RouterOutput, ...]]:
-    """What the teacher says of a micro-batch, and its routers where they are matched."""
+def _asked(recipe: Recipe, variables: Any, batch: Batch) -> tuple[Any, Inside | None]:
+    """What the teacher says of a micro-batch, and what is inside of it where that is matched."""
     teacher: Any = recipe.teacher
     if teacher is None:
-        return None, ()
-    if recipe.objective.matches_routers:
-        return teacher.targets_and_routers(variables, batch)
-    return teacher.targets(variables, batch), ()
+        return None, None
+    features = recipe.objective.features
+    if not features:
+        return teacher.targets(variables, batch), None
+    said = teacher.targets_and_inside(variables, batch, activations_of(features))
+    return said[0], Inside(teacher.model.config, *said[1:])
 
 
 def _split(batch: Batch, parts: int) -> Batch:

@@ -1,12 +1,14 @@
 """Teachers: those that run beside the student, and those that have spoken before."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 
 from distill.estimators import Estimator
 from distill.types import Batch, HiddenTargets, SampledTargets, TopKTargets
+from moe.activations import Activation
 from moe.errors import InputError
 from moe.transformer import Transformer, output_head
 from moe.types import RouterOutput
@@ -41,22 +43,27 @@ class OnlineTeacher:
         Returns:
             The last hidden states and the head, through which no gradient flows.
         """
-        return self.targets_and_routers(variables, batch)[0]
+        return self.targets_and_inside(variables, batch)[0]
 
-    def targets_and_routers(
-        self, variables: Any, batch: Batch
-    ) -> tuple[HiddenTargets, tuple[RouterOutput, ...]]:
-        """Runs the teacher as `targets` does, and returns what its routers decided too."""
-        output: Any = self.model.apply(
+    def targets_and_inside(
+        self, variables: Any, batch: Batch, activations: Sequence[Activation] = ()
+    ) -> tuple[HiddenTargets, tuple[RouterOutput, ...], Mapping[str, Any]]:
+        """Runs the teacher as `targets` does, and returns what its routers decided too.
+
+        And what its layers noted of the activations that are asked for, see `moe.activations`.
+        """
+        result: Any = self.model.apply(
             variables,
             batch.tokens,
             positions=batch.positions,
             segment_ids=batch.segment_ids,
             logits=False,
+            mutable=list(activations) or False,
         )
+        output, noted = result if activations else (result, {})
         head = output_head(self.model.config, variables['params']).astype(output.hidden.dtype)
         targets = HiddenTargets(hidden=output.hidden, head=head)
-        return jax.lax.stop_gradient((targets, output.router))
+        return jax.lax.stop_gradient((targets, output.router, noted))
 
 
 @dataclasses.dataclass(frozen=True)

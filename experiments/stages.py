@@ -19,6 +19,7 @@ from distill.objective import Objective
 from distill.optimizer import OptimizerConfig, make_optimizer
 from distill.panel import TeacherPanel
 from distill.pretrained_tokenizer import PretrainedTokenizer
+from distill.projectors import projector_axes
 from distill.provenance import Provenance, require_permission
 from distill.rollout import Rollout
 from distill.step import Recipe
@@ -397,7 +398,7 @@ def _recipe(
     ema_decay: float | None = None,
 ) -> Recipe:
     built = context.model(model)
-    axes = logical_axes(built)['params']
+    axes = logical_axes(built)['params'] | projector_axes(objective.features)
     chain = make_optimizer(optimizer, train.steps, axes)
     seed, qk_clip = context.study.seed, optimizer.qk_clip
     return Recipe(

@@ -9,12 +9,13 @@ import ml_collections
 from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.cost import chip_price
 from distill.estimators import SampledEstimator, TopKEstimator
+from distill.feature_checks import require_comparable
+from distill.features import Feature, feature_names
 from distill.mtp_loss import require_weight
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, learning_rate_schedule
 from distill.pairs import require_sound
 from distill.provenance import PUBLISHED, Provenance, require_permission
-from distill.router_match import require_matchable
 from distill.schedules import Schedule
 from distill.tokenizer import ByteTokenizer
 from distill.writers import require_writers
@@ -172,7 +173,7 @@ class StudentConfig:
     `mtp_weight` weighs them over tokens further ahead, where `model.mtp_depth` is above 0.
     `rollout` tells which sequences a model writes while the student learns; None for none.
     `return_weight` weighs what a token does to those after it in what the student writes.
-    `router_match_weight` weighs how far its routers' scores are from those of the teacher's.
+    `features` are what is matched inside of both, under names of one's own.
     """
 
     model: TransformerConfig
@@ -184,7 +185,7 @@ class StudentConfig:
     mtp_weight: float | Schedule = 0.0
     rollout: RolloutConfig | None = None
     return_weight: float = 0.0
-    router_match_weight: float | Schedule = 0.0
+    features: dict[str, Feature] | None = None
 
     def __post_init__(self) -> None:
         require_weight(self.model, self.objective())
@@ -211,7 +212,7 @@ class StudentConfig:
             tuple(self.terms.values()),
             self.mtp_weight,
             self.return_weight,
-            self.router_match_weight,
+            tuple((self.features or {}).values()),
         )
 
     def require_taught(self) -> None:
@@ -413,10 +414,7 @@ class StudyConfig:
                     f'teacher.source={self.teacher.source!r}. Set cached=False and take a teacher '
                     'whose weights are here, or leave the rollout out.'
                 )
-        if self.student.objective().matches_routers:
-            required = "'hidden' with student.router_match_weight: others say nothing of routers"
-            require(targets.kind == 'hidden', 'targets.kind', required, targets.kind)
-            require_matchable(self.student.model, self.teacher.model)
+        self._require_features()
         if self.student.return_weight > 0 and targets.kind != 'hidden':
             raise InputError(
                 f'student.return_weight={self.student.return_weight} needs all that the teacher '
@@ -433,6 +431,21 @@ class StudyConfig:
             temperature=targets.temperature,
             kept=targets.k if targets.kind == 'top_k' else self.vocab_size,
         )
+
+    def _require_features(self) -> None:
+        """Refuses what is matched inside of a teacher that is not there, or has nothing such."""
+        features = self.student.objective().features
+        if not features:
+            return
+        names = ', '.join(feature_names(features))
+        required = f"'hidden' with student.features ({names}): others say nothing of the inside"
+        require(self.targets.kind == 'hidden', 'targets.kind', required, self.targets.kind)
+        if self.more_teachers:
+            raise InputError(
+                f'student.features ({names}) are matched to one teacher; received '
+                f'{len(self.more_teachers)} more. Leave them out, or more_teachers.'
+            )
+        require_comparable(features, self.student.model, self.teacher.model)
 
     def _require_own_average(self) -> None:
         """Refuses what needs a teacher before there is a student."""

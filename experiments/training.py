@@ -16,6 +16,7 @@ from distill.loop import Hooks, train
 from distill.manifest import manifest_sha256
 from distill.nested import flatten
 from distill.optimizer import optimizer_state_shardings
+from distill.projectors import projector_shardings, without_projectors
 from distill.prompts import Sequences
 from distill.replay import ReplayBuffer
 from distill.step import Recipe, StepMetrics, initial_state, make_train_step
@@ -111,10 +112,12 @@ def train_model(run: Run, pipeline: Pipeline, stop: StopSignal) -> dict[str, Any
 def state_shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
     """Returns the sharding of every leaf of the train state.
 
-    What the student wrote is split by rows, as a batch is; an average as what it is of.
+    Projectors are parameters. What the student wrote is split by rows, as a batch is; an average
+    as what it is of.
     """
     variables = variable_shardings(recipe.model, mesh)
-    shapes = abstract_variables(recipe.model)['params']
+    shapes = abstract_variables(recipe.model)['params'] | recipe.projectors
+    params = variables['params'] | projector_shardings(recipe.projectors, mesh)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     own = {'params': variables['params'], 'routing': variables.get('routing', {})}
     replay = None
@@ -123,9 +126,9 @@ def state_shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
         replay = ReplayBuffer(Sequences(by_row, by_row, by_row), replicated)
     return TrainState(
         step=replicated,
-        params=own['params'],
+        params=params,
         routing=own['routing'],
-        opt_state=optimizer_state_shardings(recipe.optimizer, shapes, variables['params'], mesh),
+        opt_state=optimizer_state_shardings(recipe.optimizer, shapes, params, mesh),
         skipped=replicated,
         replay=replay,
         ema=None if recipe.ema_decay is None else own,
@@ -138,7 +141,7 @@ def save_model(folder: pathlib.Path, state: TrainState, identity: dict[str, Any]
         return
     manager = CheckpointManager(folder, keep_latest=1)
     try:
-        variables = {'params': state.params, 'routing': state.routing}
+        variables = {'params': without_projectors(state.params), 'routing': state.routing}
         manager.save(int(state.step), variables, data_state={}, metadata={'identity': identity})
     finally:
         manager.close()

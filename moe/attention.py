@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from moe.activations import note
 from moe.attention_context import AttentionContext
 from moe.cache_rows import write_ring, write_rows
 from moe.config import AttentionConfig, TransformerConfig
@@ -42,6 +43,7 @@ class Attention(nn.Module):
         queries = self._rotated(self._project(x, 'q', H, 'heads'), context)
         keys = self._rotated(self._project(x, 'k', config.num_kv_heads, 'kv_heads'), context)
         values = self._project(x, 'v', config.num_kv_heads, 'kv_heads')
+        note(self, queries=queries, keys=keys, values=values)
         if cache is not None:
             assert context.start is not None
             attend_to = extend if config.window is None else extend_ring

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from moe.activations import note
 from moe.attention_context import AttentionContext
 from moe.attention_kinds import LayerCache, attention_kinds, attention_module
 from moe.config import Remat, TransformerConfig
@@ -60,7 +61,9 @@ class Block(nn.Module):
             y = GatedMLP(config.mlp_dim, *settings, name='mlp')(normed)
         if config.post_norms:
             y = norm_of(config, 'mlp_post_norm')(y)
-        return constrain(x + y, ACTIVATION_AXES, self.mesh), router, cache
+        x = constrain(x + y, ACTIVATION_AXES, self.mesh)
+        note(self, residual=x)
+        return x, router, cache
 
 
 def remat_block(policy: Remat, *, scanned: bool) -> type[Block]:

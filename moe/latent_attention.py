@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from moe.activations import asked_for, note
 from moe.attention_context import AttentionContext
 from moe.cache_rows import write_rows
 from moe.config import LatentAttentionConfig, TransformerConfig
@@ -73,8 +74,13 @@ class LatentAttention(nn.Module):
             absorbed = absorbing_is_cheaper(config, x.shape[1], latents.shape[1])
         shape = (config.kv_rank, H, config.nope_dim + Dv)
         kv_up = self._kernel('kv_up', kernel_init(0, (1, 2)), shape, (None, *HEADS[2:]))
+        kv_up = kv_up.astype(x.dtype)
+        note(self, queries=queries)
+        if cache is None and (asked_for(self, 'keys') or asked_for(self, 'values')):
+            keys, values = expanded(config, latents, kv_up)
+            note(self, keys=keys, values=values)
         attend = attend_absorbed if absorbed else attend_expanded
-        attended, highest = attend(config, queries, latents, kv_up.astype(x.dtype), context)
+        attended, highest = attend(config, queries, latents, kv_up, context)
         record_max_logits(self, highest, context.segment_ids)
         attended = constrain(attended, HEADS, self.mesh)
         kernel = self._kernel('o', kernel_init((0, 1), 2), (H, Dv, D), (*HEADS[2:], 'embed'))
@@ -130,6 +136,18 @@ def rotate_pairs(
     return apply_rope(halves, context.cos, context.sin)
 
 
+def expanded(
+    config: LatentAttentionConfig,
+    latents: Float[Array, 'B S latent'],
+    kv_up: Float[Array, 'R H up'],
+) -> tuple[Float[Array, 'B S H Dk'], Float[Array, 'B S H Dv']]:
+    """Makes every head's keys and values of the latents."""
+    compressed, rotary = jnp.split(latents, [config.kv_rank], axis=-1)
+    plain, values = jnp.split(linear(compressed, kv_up), [config.nope_dim], axis=-1)
+    rotary = jnp.broadcast_to(rotary[:, :, None], (*plain.shape[:3], config.rope_dim))
+    return jnp.concatenate([plain, rotary], axis=-1), values
+
+
 def attend_expanded(
     config: LatentAttentionConfig,
     queries: Float[Array, 'B T H Dk'],
@@ -139,10 +157,7 @@ def attend_expanded(
 ) -> tuple[Float[Array, 'B T H Dv'], Float[Array, 'B T H']]:
     """Makes every head's keys and values of the latents, and attends to those; with the highest."""
     assert context.allowed is not None
-    compressed, rotary = jnp.split(latents, [config.kv_rank], axis=-1)
-    plain, values = jnp.split(linear(compressed, kv_up), [config.nope_dim], axis=-1)
-    rotary = jnp.broadcast_to(rotary[:, :, None], (*plain.shape[:3], config.rope_dim))
-    keys = jnp.concatenate([plain, rotary], axis=-1)
+    keys, values = expanded(config, latents, kv_up)
     causal, scale = context.start is None, config.score_scale
     return attention_and_highest(queries, keys, values, context.allowed, causal=causal, scale=scale)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe.activations import ACTIVATIONS, note
 from moe.attention_context import attention_contexts
 from moe.attention_kinds import LayerCache, attention_kinds
 from moe.block import ACTIVATION_AXES, Caches, Contexts, Pattern, Replayed, remat_block
@@ -94,7 +95,8 @@ class Transformer(nn.Module):
                 `moe.predict_ahead` runs one of them. A `replay` is then of a pass that ran them.
 
         Where the collection `max_logits` is mutable, attention notes each head's largest logit in
-        it, for `moe.qk_clip`. An rng named 'jitter' makes this a training pass: routers that have
+        it, for `moe.qk_clip`; where those of `moe.activations` are, layers note what they are named
+        for. An rng named 'jitter' makes this a training pass: routers that have
         jitter then draw noise.
 
         Returns:
@@ -122,6 +124,7 @@ class Transformer(nn.Module):
         shape, axes = (config.vocab_size, config.embed_dim), ('vocab', 'embed')
         embedding = Weight('embedding', shape, axes, config.param_dtype, name='embed')()
         x = embed_tokens(config, embedding, tokens, self.mesh)
+        note(self, residual=x)
         layers = self._scan_layers if config.scan_layers else self._unroll_layers
         caches = None if cache is None else cache.layers
         replayed = further_replayed = None
@@ -225,7 +228,7 @@ class Transformer(nn.Module):
         scan: Any = nn.scan
         scanned = scan(
             Pattern,
-            variable_axes={'params': 0, 'routing': 0, MAX_LOGITS: 0},
+            variable_axes=dict.fromkeys(('params', 'routing', MAX_LOGITS, *ACTIVATIONS), 0),
             split_rngs={'params': True, 'jitter': True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=group.repeats,

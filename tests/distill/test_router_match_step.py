@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from distill.config import BalanceConfig, TrainConfig
+from distill.features import Feature
 from distill.objective import Objective, Term
 from distill.router_match import router_match_loss
 from distill.step import Recipe, initial_state, make_train_step
@@ -72,7 +73,7 @@ def run(micro_batches: int = 1, sizes: tuple[int, ...] = (1, 1, 1)):
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     recipe = Recipe(
         model=Transformer(STUDENT, mesh),
-        objective=Objective(TERMS, router_match_weight=WEIGHT),
+        objective=Objective(TERMS, features=(Feature('router', weight=WEIGHT),)),
         optimizer=optax.sgd(1.0),
         train=TrainConfig(steps=1, micro_batches=micro_batches, chunk_size=8),
         balance=BalanceConfig(),
@@ -141,11 +142,11 @@ def test_every_split_gives_the_same_update(micro_batches, sizes):
 @pytest.mark.parametrize(
     ('teacher', 'message'),
     [
-        (None, 'needs the routers of a teacher that runs beside .* received NoneType'),
+        (None, 'need a teacher that runs beside the student, .* received NoneType'),
         (CachedTeacher(), 'received CachedTeacher'),
         (
             OnlineTeacher(Transformer(TransformerConfig(V, 1, 8, 8, AttentionConfig(2, 2, 4)))),
-            "needs a teacher with .* received 'a dense model'",
+            "router needs a teacher with .* received 'a dense model'",
         ),
     ],
 )
@@ -153,7 +154,7 @@ def test_teachers_whose_routers_cannot_be_matched_are_refused(teacher, message):
     with pytest.raises(InputError, match=message):
         Recipe(
             model=Transformer(STUDENT),
-            objective=Objective(TERMS, router_match_weight=WEIGHT),
+            objective=Objective(TERMS, features=(Feature('router', weight=WEIGHT),)),
             optimizer=optax.sgd(1.0),
             train=TrainConfig(steps=1),
             balance=BalanceConfig(),

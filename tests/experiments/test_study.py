@@ -65,6 +65,7 @@ PUBLISHED = {
 CACHED = {'targets__kind': 'top_k', 'targets__cached': True}
 EMA = {'teacher__source': 'ema'}
 MORE = {'more_teachers': base.further_teachers(maths='runs/maths/teacher')}
+ROUTERS = {'student__features': base.features(routers=base.feature('router'))}
 ROLLOUT = {'student__rollout': dict(lmbda=0.5, max_new_tokens=8)}
 DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0.0}
 
@@ -194,10 +195,19 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
             'The nearest that can: moe.router.experts_per_token=2.',
         ),
         (UPCYCLED | {'student__model__moe__expert_dim': 12}, 'received 12. Choose an expert_dim'),
-        ({'student__router_match_weight': 0.1}, "needs a teacher with routers of choice 'token'"),
+        (ROUTERS, "router needs a teacher with routers of choice 'token' or 'expert'"),
         (
-            CACHED | {'student__router_match_weight': 0.1, 'targets__cached': False},
-            "targets.kind must be 'hidden' with student.router_match_weight",
+            CACHED | ROUTERS | {'targets__cached': False},
+            "targets.kind must be 'hidden' with student.features (router)",
+        ),
+        (MORE | ROUTERS, 'student.features (router) are matched to one teacher'),
+        (
+            {'student__features': dict(h=dict(kind='hidden', of='keys'))},
+            'In config.student.features.h: hidden takes no of',
+        ),
+        (
+            {'student__features': base.features(h=base.feature('hidden', layers=((0, 3),)))},
+            'needs layers of the teacher that have it, one of 0; received 3',
         ),
         (DENSE | {'student__balance__load_balance_weight': 0.1}, 'load_balance_weight=0.1 needs'),
         (DENSE | {'student__balance__router_z_weight': 0.1}, 'router_z_weight=0.1 needs routers'),
@@ -214,6 +224,14 @@ def test_tokens_further_ahead_are_weighed_for_teacher_and_student():
     study = built(teacher__model__mtp_depth=1, student__model__mtp_depth=2, **weights)
     assert study.teacher.objective().mtp_weight == 0.3
     assert study.student.objective().mtp_weight == 0.1
+
+
+def test_features_are_part_of_the_objective():
+    own = base.feature('hidden', weight=0.5, layers=((0, 0),), metric='cosine')
+    (feature,) = built(student__features=base.features(h=own)).student.objective().features
+    assert (feature.kind, feature.weight, feature.layers) == ('hidden', 0.5, ((0, 0),))
+    assert (feature.metric, feature.project) == ('cosine', True)
+    assert built().student.objective().features == ()
 
 
 def test_further_teachers_have_the_vocabulary_of_the_study():
