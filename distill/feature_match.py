@@ -20,7 +20,7 @@ from distill.features import Feature, feature_names
 from distill.projectors import project
 from distill.router_match import router_match_loss
 from distill.teacher import OnlineTeacher, Teacher
-from moe.activations import noted_embedding, noted_layers
+from moe.activations import ACTIVATIONS, noted_embedding, noted_layers
 from moe.attention_context import attention_mask
 from moe.config import TransformerConfig
 from moe.errors import InputError
@@ -34,18 +34,27 @@ class Inside(NamedTuple):
     Attributes:
         config: the model's.
         routers: `ModelOutput.router`.
-        noted: the collections of `moe.activations` that were asked for, by name.
+        layers: of each activation that was noted what each layer has of it.
+        embedding: of the tokens; None where the stream was not noted.
     """
 
     config: TransformerConfig
     routers: tuple[RouterOutput, ...]
-    noted: Mapping[str, Any]
+    layers: dict[str, list[Any]]
+    embedding: Array | None
 
-    def layer(self, activation: str, number: int) -> Array:
-        """Returns what a layer noted."""
-        found = noted_layers(self.config, self.noted[activation])[number]
-        assert found is not None
-        return found
+    @classmethod
+    def of(
+        cls,
+        config: TransformerConfig,
+        routers: tuple[RouterOutput, ...],
+        noted: Mapping[str, Any],
+    ) -> 'Inside':
+        """Takes apart the collections of `moe.activations` that a pass returned."""
+        asked = {name: noted[name] for name in ACTIVATIONS if name in noted}
+        layers = {name: noted_layers(config, own) for name, own in asked.items()}
+        embedding = noted_embedding(asked['residual']) if 'residual' in asked else None
+        return cls(config, routers, layers, embedding)
 
     def router(self, layer: int) -> RouterOutput:
         """Returns what the router of a layer decided."""
@@ -121,7 +130,9 @@ def _match(
         return hidden_match_loss(states, theirs, mask, metric=feature.metric)
 
     if feature.kind == 'embedding':
-        return hidden(0, *(noted_embedding(who.noted['residual']) for who in (student, teacher)))
+        assert student.embedding is not None
+        assert teacher.embedding is not None
+        return hidden(0, student.embedding, teacher.embedding)
     losses = []
     for number, pair in enumerate(layer_pairs(feature, student.config, teacher.config)):
         if feature.kind == 'hidden':
@@ -142,7 +153,7 @@ def _match(
 def _both(
     student: Inside, teacher: Inside, pair: tuple[int, int], activation: str
 ) -> tuple[Array, Array]:
-    return student.layer(activation, pair[0]), teacher.layer(activation, pair[1])
+    return student.layers[activation][pair[0]], teacher.layers[activation][pair[1]]
 
 
 def _relation(ours: Array, theirs: Array, segment_ids: Array, heads: int) -> Pair:

@@ -473,7 +473,7 @@ def _loss(
         loss += value_at(recipe.objective.mtp_weight, state.step) * further
         pairs |= more
     if taught is not None:
-        inside = Inside(model.config, output.router, noted)
+        inside = Inside.of(model.config, output.router, noted)
         known = params.get(PROJECTORS, {}), batch.segment_ids, state.step
         apart, more = features_loss(recipe.objective.features, inside, taught, *known)
         loss += apart / whole.routed
@@ -507,7 +507,7 @@ def _asked(recipe: Recipe, variables: Any, batch: Batch) -> tuple[Any, Inside | 
     if not features:
         return teacher.targets(variables, batch), None
     said = teacher.targets_and_inside(variables, batch, activations_of(features))
-    return said[0], Inside(teacher.model.config, *said[1:])
+    return said[0], Inside.of(teacher.model.config, *said[1:])
 
 
 def _split(batch: Batch, parts: int) -> Batch:

@@ -1,4 +1,7 @@
-"""Activations that a pass over a model notes where they are asked for: a collection for each."""
+"""Activations that a pass over a model notes where they are asked for: a collection for each.
+
+With `scan_layers` those of all layers are stacked, and so kept, whichever are used.
+"""
 
 from typing import Any, Literal
 

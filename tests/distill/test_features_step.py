@@ -37,7 +37,7 @@ from moe.sharding import (
 )
 from moe.transformer import Transformer
 
-B, T, V = 8, 6, 16
+B, T, V = 16, 6, 16
 STUDENT = TransformerConfig(
     vocab_size=V,
     num_layers=2,
@@ -49,19 +49,19 @@ STUDENT = TransformerConfig(
 )
 TEACHER = TransformerConfig(
     vocab_size=V,
-    num_layers=4,
+    num_layers=3,
     embed_dim=12,
     mlp_dim=8,
     attention=AttentionConfig(2, 1, 8),
     moe=MoEConfig(RouterConfig(6, 2, score='sigmoid'), 8, dispatch='dense'),
     scan_layers=False,
 )
-LAYERS = ((0, 1), (1, 3))
+LAYERS = ((0, 0), (1, 2))
 FEATURES = (
     Feature('embedding', weight=0.3),
     Feature('hidden', layers=LAYERS),
-    Feature('hidden', weight=0.7, layers=((1, 2),), metric='cosine'),
-    Feature('relation', weight=2.0, layers=((1, 3),), of='values', heads=4),
+    Feature('hidden', weight=0.7, layers=((1, 1),), metric='cosine'),
+    Feature('relation', weight=2.0, layers=((1, 2),), of='values', heads=4),
     Feature('attention', weight=Schedule('constant', 5.0), layers=LAYERS),
     Feature('usage', weight=3.0, layers=LAYERS),
 )
@@ -88,12 +88,7 @@ def make_batch() -> Batch:
     mask = (segment_ids > 0) & (index != 1) & (index != total - 1)
     positions = np.where(index < 2, index, index - 2)
     arrays = tokens[:, :T], tokens[:, 1:], mask, segment_ids, np.tile(positions, (B, 1))
-    return Batch(
-        *(
-            jnp.asarray(a, bool if a.dtype == bool else jnp.int32)
-            for a in np.broadcast_arrays(*arrays)
-        )
-    )
+    return Batch(*(jnp.asarray(a, bool if a.dtype == bool else jnp.int32) for a in arrays))
 
 
 def make_recipe(mesh=None, micro_batches: int = 1, **changes) -> Recipe:
@@ -135,7 +130,7 @@ def inside(config: TransformerConfig, params, batch: Batch) -> Inside:
         segment_ids=batch.segment_ids,
         mutable=list(activations_of(FEATURES)),
     )
-    return Inside(config, output.router, noted)
+    return Inside.of(config, output.router, noted)
 
 
 @functools.cache
@@ -182,16 +177,15 @@ def test_projectors_and_student_learn_and_the_teacher_does_not():
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(teacher))
 
 
-@pytest.mark.parametrize(('micro_batches', 'sizes'), [(4, (1, 1, 1)), (1, (2, 2, 2))])
-def test_every_split_gives_the_same_update(micro_batches, sizes):
-    (first, state, metrics), (start, wanted, expected) = run(micro_batches, sizes), run()
+def test_micro_batches_on_eight_devices_give_the_same_update():
+    (first, state, metrics), (start, wanted, expected) = run(2, (2, 2, 2)), run()
     close = functools.partial(np.testing.assert_allclose, rtol=5e-4, atol=5e-6)
     jax.tree.map(np.testing.assert_array_equal, first.params, start.params)
     jax.tree.map(close, state.params, wanted.params)
     jax.tree.map(close, metrics.pairs, expected.pairs)
 
 
-def test_projectors_are_drawn_by_the_seed_and_split_as_the_student_is():
+def test_projectors_keep_lengths_and_are_split_as_the_student_is():
     recipe = make_recipe()
     (kernels,) = (recipe.projectors[PROJECTORS],)
     assert {name: leaf.shape for name, leaf in kernels.items()} == {
@@ -209,10 +203,6 @@ def test_projectors_are_drawn_by_the_seed_and_split_as_the_student_is():
     shapes = projector_shapes((Feature('hidden', layers=((0, 0),)),), wide, TEACHER)
     (kernel,) = jax.tree.leaves(initial_projectors(shapes, jax.random.key(0)))
     np.testing.assert_allclose(kernel.std() * 512**0.5, 1, rtol=0.05)
-    other = dataclasses.replace(recipe, seed=1)
-    drawn = [initial_projectors(recipe.projectors, jax.random.key(seed)) for seed in (0, 1)]
-    assert (drawn[0][PROJECTORS]['hidden'] != drawn[1][PROJECTORS]['hidden']).all()
-    assert other.projectors == recipe.projectors
     assert projector_shapes((Feature('usage'),), STUDENT, STUDENT) == {}
 
 
