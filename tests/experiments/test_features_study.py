@@ -19,6 +19,8 @@ def test_resumed_it_ends_with_the_same_bits_and_saves_the_model_alone(
         '    config = tiny.get_config()\n'
         '    config.teacher.model.embed_dim = 24\n'
         '    config.teacher.train.steps = 3\n'
+        '    config.student.model.moe = None\n'
+        '    config.student.balance.selection_bias_rate = 0.0\n'
         '    config.student.features = base.features(\n'
         "        hidden=base.feature('hidden', weight=0.5),\n"
         "        relation=base.feature('relation', heads=4),\n"
