@@ -131,9 +131,8 @@ def test_at_depth_zero_it_would_be_the_loss_of_the_next_token():
 
 
 def recipe(mesh=None, *, micro_batches: int = 1, mtp_weight=0.3, scope='sequence') -> Recipe:
-    moe = dataclasses.replace(STUDENT.moe, dispatch='dense' if mesh is None else 'grouped')
     return Recipe(
-        model=Transformer(dataclasses.replace(STUDENT, moe=moe), mesh),
+        model=Transformer(STUDENT, mesh),
         objective=Objective(TERMS, mtp_weight),
         optimizer=optax.sgd(1.0),
         train=TrainConfig(steps=1, micro_batches=micro_batches, chunk_size=16),

@@ -30,12 +30,12 @@ def test_killed_it_ends_as_the_uninterrupted_run(launcher: Launcher, tmp_path: p
     )
     flags = [f'--config={config}', f'--config.data.source={launcher.source}', *FLAGS]
     one, two = tmp_path / 'one', tmp_path / 'two'
-    finished = launcher.run(*flags, f'--workdir={one}', devices=2)
+    finished = launcher.run(*flags, f'--workdir={one}', devices=1)
     assert finished.status == 0, finished.output
     two_flags = (*flags, f'--workdir={two}')
-    killed = launcher.run(*two_flags, devices=2, event=('step', 'student', 8, KILL))
+    killed = launcher.run(*two_flags, devices=1, event=('step', 'student', 8, KILL))
     assert killed.status == -KILL, killed.output
-    finished = launcher.run(*two_flags, devices=2)
+    finished = launcher.run(*two_flags, devices=1)
     assert finished.status == 0, finished.output
     arrays = checkpoint_arrays(one, 'student')
     assert_bitwise_equal(arrays, checkpoint_arrays(two, 'student'))

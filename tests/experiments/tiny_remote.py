@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher.remote.update(attempts=4, first_wait=0.01, longest_wait=0.05)
     config.targets.update(kind='top_k', cached=True, k=4, rows_per_shard=4)
     config.student.train.update(steps=2)
+    config.student.model.moe.dispatch = 'dense'
     config.student.optimizer.warmup_steps = 1
     config.data.max_bytes = 3000
     return config
