@@ -24,7 +24,7 @@ EXPERT_SHAPES = ((1, 1024), (2, 256), (2, 1024), (8, 256))
 # (E, K, F) where the other library is measured too.
 PEER_SHAPES = ((8, 2, 256), (8, 2, 1024), (64, 2, 256), (64, 2, 1024), (64, 8, 256))
 # The dense oracle holds [tokens, E, 2 F] float32; past this many bytes it is left out.
-ORACLE_BYTES = 2**27
+ORACLE_BYTES = 2**30
 # Past this many bytes of expert weights, float32, a shape is left out: gradients need them again.
 WEIGHT_BYTES = 2**30
 
@@ -56,8 +56,9 @@ def moe_rows(
 
     Yields:
         For each shape, rows of value and reference in milliseconds: 'capacity', 'grouped',
-        'grouped_skewed', and where they are small 'dense'. With `peer` also 'transformers', beside
-        its own dense MLP, and 'grouped_to_transformers', the quotient of the two shares.
+        'grouped_skewed', and where it fits in `ORACLE_BYTES` 'dense'. With `peer` also
+        'transformers', beside its own dense MLP, and 'grouped_to_transformers', the quotient of the
+        two shares.
     """
     for number in experts:
         for k, hidden in shapes:

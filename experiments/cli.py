@@ -24,6 +24,8 @@ _NO_SUCH_PATH = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
+# 128 and the number of SIGINT, as shells have it.
+_INTERRUPTED = 130
 _TOLD = (*_NO_SPACE, *_NO_ACCESS, *_NO_SUCH_PATH)
 
 
@@ -36,8 +38,8 @@ def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
             nothing may.
 
     Exit status: 0 when done, or asked to stop and saved; 1 for a failure that is nobody's typo (no
-    space, a diverged run); 2 for input that must be changed. Anything else is a bug and keeps its
-    traceback.
+    space, a diverged run); 2 for input that must be changed; 130 when interrupted. Anything else is
+    a bug and keeps its traceback.
     """
     app.run(
         lambda argv: _guarded(functools.partial(main, *argv[1:])),
@@ -71,6 +73,9 @@ def _guarded(main: Callable[[], None]) -> int:
     except InputError as error:
         _say(f'Error: {error}')
         return 2
+    except KeyboardInterrupt:
+        _say('Interrupted. What was saved is intact, and the same command goes on from there.')
+        return _INTERRUPTED
     return 0
 
 

@@ -1,6 +1,8 @@
 """The evaluate stage: quality on held-out text, load of the experts, cost, samples of text."""
 
 import keyword
+import math
+import os
 from typing import Any
 
 import jax
@@ -41,12 +43,13 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         `samples` of every model, and the circumstances of the measurement.
     """
     with progress_line('evaluate', len(models)) as line:
-        evaluations, samples = {}, {}
-        for name in models:
-            line.say(f'{name}: held-out text')
+        evaluations, samples, tokens = {}, {}, 0
+        for done, name in enumerate(models):
+            line.update(done, tokens=tokens)
             evaluations[name] = _quality(context, models, name)
-            line.say(f'{name}: samples')
             samples[name] = write_samples(context, *models[name])
+            tokens += int(evaluations[name].tokens.sum())
+        line.update(len(models), tokens=tokens)
         line.say('student: routing')
         _save_routing(context, *models['student'])
         line.say('throughput')
@@ -165,13 +168,20 @@ def _price(chip: str, tokens_per_second: float) -> dict[str, Any]:
             device.device_kind,
         )
         return {}
-    # The devices of a process on a CPU are threads of one machine.
-    chips = jax.process_count() if device.platform == 'cpu' else jax.device_count()
+    chips = _small_machines() if device.platform == 'cpu' else jax.device_count()
     return {
         'usd_per_million_tokens': dict(
             usd_per_million_tokens(tokens_per_second, price, chips=chips)
         )
     }
+
+
+def _small_machines() -> int:
+    """How many machines of two virtual CPUs are as many as all processes' machines have.
+
+    Within a family of machines the list price is in proportion to them.
+    """
+    return jax.process_count() * math.ceil((os.cpu_count() or 2) / 2)
 
 
 def _dollars(row: dict[str, Any]) -> float | None:

@@ -17,19 +17,24 @@ def record_seen(folder: pathlib.Path, documents: Sequence[Document]) -> None:
     write_json(folder / _FILE, {'sha256': sorted(_hashes(documents))})
 
 
+def is_recorded(folder: pathlib.Path) -> bool:
+    """Whether it is known what the model in `folder` was trained on: not of one from elsewhere."""
+    return (folder / _FILE).exists()
+
+
 def refuse_seen(folder: pathlib.Path, held_out: Sequence[Document], *, key: str) -> None:
     """Refuses to hold out what a model in `folder` was trained on.
 
     Args:
         folder: of the stage that trained it.
         held_out: documents.
-        key: of the config that names the folder.
+        key: what names the folder, of the config or a flag.
 
     Raises:
         InputError: where the folder has no record, or held-out documents are on it.
     """
     file = folder / _FILE
-    if not file.exists():
+    if not is_recorded(folder):
         raise InputError(
             f'{folder} must be a stage that a launch has trained, with its {_FILE}; there is none. '
             f"Give {key} the stage's folder, such as runs/quickstart/teacher."
@@ -38,8 +43,9 @@ def refuse_seen(folder: pathlib.Path, held_out: Sequence[Document], *, key: str)
     if seen:
         raise InputError(
             f'{len(seen)} of {len(held_out)} held-out documents were training text of the model in '
-            f'{folder}: what is measured on them says nothing. Keep the seed, data.source, '
-            'data.max_bytes and data.held_out_fraction of its study, or choose other text.'
+            f'{folder}: what is measured on them says nothing. Keep the seed, data.source, its '
+            'files, data.max_bytes and data.held_out_fraction of its study, or give '
+            f'{key} another folder.'
         )
 
 

@@ -39,7 +39,7 @@ from experiments.remote_scores import (
     write_remote_targets,
 )
 from experiments.reporting import write_study_report
-from experiments.seen import record_seen, refuse_seen
+from experiments.seen import is_recorded, record_seen, refuse_seen
 from experiments.study import OWN_TEACHER, TeacherConfig
 from experiments.targets import online_estimator, open_targets, write_targets
 from experiments.training import Run, load_model, model_sha256, train_model
@@ -210,6 +210,9 @@ def evaluate(context: Context) -> dict[str, Any]:
         context.workdir.require_result(name, wanted_by='evaluate')
     student_model = context.model(context.study.student.model)
     students = {name: (student_model, _load(context, name, student_model)) for name in names}
+    for name in ('teacher', *names):
+        if is_recorded(context.workdir.path / name):
+            refuse_seen(context.workdir.path / name, context.split[1], key='--workdir')
     remote = context.study.teacher.source == 'remote'
     teachers = {} if remote else {'teacher': load_teacher(context)}
     return evaluate_models(context, teachers | students)

@@ -1,10 +1,19 @@
 """A launch walks its stages, skips what is complete, and takes overrides."""
 
+import glob
+import hashlib
 import json
+import math
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 
+import jax
 import numpy as np
-from launching import LONGEST_LAUNCH, MESH, STEPS, Launcher, checkpoint_arrays, metric_rows
+import pytest
+from launching import LONGEST_LAUNCH, MESH, ROOT, STEPS, Launcher, checkpoint_arrays, metric_rows
 
 from distill.checkpoint import read_metadata
 
@@ -38,6 +47,52 @@ def test_walks_every_stage(uninterrupted: pathlib.Path):
     identity = read_metadata(uninterrupted / 'student' / 'checkpoints').metadata['identity']
     assert identity['teacher']['provenance'] == teacher
     assert '<html' in (uninterrupted / 'report.html').read_text()
+
+
+def test_the_summary_has_every_figure_of_every_model(uninterrupted: pathlib.Path):
+    summary = json.loads((uninterrupted / 'summary.json').read_text())
+    taught = {'kl_from_teacher', 'top1_agreement'}
+    for name, figures in summary['models'].items():
+        wanted = {'bits_per_byte', 'cross_entropy', 'accuracy', 'calibration_error'}
+        for metric in wanted | (taught if name != 'teacher' else set()):
+            assert figures[metric]['low'] <= figures[metric]['value'] <= figures[metric]['high']
+        assert figures['parameters']['total'] >= figures['parameters']['active'] > 0
+        assert figures['flops_per_token'] > 0
+        assert figures['bytes_per_token'] > 0
+        # The list price of two virtual CPUs, for as many pairs of them as this machine has.
+        price, pairs = figures['usd_per_million_tokens'], math.ceil((os.cpu_count() or 2) / 2)
+        dollars = 0.08925 * pairs / 3600 / figures['tokens_per_second'] * 1e6
+        assert price['value'] == pytest.approx(dollars)
+        assert '$0.08925/chip-hour' in price['basis']
+        assert '2025' in price['price_source']
+    for layer in summary['experts']:
+        numbers = ('max_violation', 'entropy', 'drop_fraction', 'dead_experts')
+        assert all(np.isfinite(layer[number]) for number in numbers)
+    assert len(summary['experts']) == summary['config']['student']['model']['num_layers']
+    gain = summary['comparison']['control_minus_student_bits_per_byte']
+    control, student = (summary['models'][name] for name in ('control', 'student'))
+    difference = control['bits_per_byte']['value'] - student['bits_per_byte']['value']
+    assert gain['value'] == pytest.approx(difference)
+    head = subprocess.run(
+        ['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    assert (summary['git_commit'] or '').startswith(head)
+    assert summary['versions']['jax'] == jax.__version__
+
+
+def test_what_was_trained_on_is_not_held_out(
+    launcher: Launcher, uninterrupted: pathlib.Path, tmp_path: pathlib.Path
+):
+    """As where the text was changed between two stages, and is split in another way."""
+    workdir = shutil.copytree(uninterrupted, tmp_path / 'study')
+    (workdir / 'evaluate' / 'result.json').unlink()
+    record = workdir / 'student' / 'documents.json'
+    texts = [pathlib.Path(path).read_bytes() for path in glob.glob(launcher.source)]
+    seen = sorted(hashlib.sha256(text).hexdigest()[:16] for text in texts)
+    record.write_text(json.dumps({'sha256': seen}))
+    finished = launcher.run(*launcher.flags(workdir, '--stages=evaluate', *MESH))
+    assert finished.status == 2
+    assert f'held-out documents were training text of the model in {workdir}' in finished.output
 
 
 def test_student_and_control_differ_by_the_teacher_alone(uninterrupted: pathlib.Path):
@@ -96,3 +151,13 @@ def test_help(launcher: Launcher):
         output, _ = command.communicate(timeout=LONGEST_LAUNCH)
     assert '--workdir' in output
     assert 'python -m experiments.launch --config=' in output
+
+
+def test_interrupted_it_says_so_in_a_line():
+    program = (
+        'from experiments import cli\ndef main():\n    raise KeyboardInterrupt\ncli.run(main)\n'
+    )
+    ended = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert ended.stderr.startswith('Interrupted. What was saved is intact')
+    assert ended.stderr.count('\n') == 1
