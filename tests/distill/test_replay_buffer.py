@@ -176,7 +176,8 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path):
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), states[0]
     )
-    state = CheckpointManager(tmp_path).restore(abstract)[0]
+    # Off the device: the update of the others, not one that is compiled for where it was put.
+    state = jax.device_get(CheckpointManager(tmp_path).restore(abstract)[0])
     manager.close()
     for step in range(4, 8):
         state, _ = stepper()(state, {}, batch(step))
