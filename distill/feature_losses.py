@@ -127,7 +127,7 @@ def usage_match_loss(
         c_ts = sum over e of p_t,e p_s,e,    r_ts = c_ts / sum over s of c_ts,
         loss of token t = KL(r_t of the teacher || r_t of the student).
 
-    Renumbered experts, and experts split into equal copies of themselves, change nothing.
+    Renumbered experts, or all of them split into as many equal copies, change nothing.
 
     Args:
         student: what its router decided.

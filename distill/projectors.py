@@ -48,7 +48,7 @@ def projector_shapes(
 
 
 def initial_projectors(shapes: Tree, key: jax.Array) -> Tree:
-    """Draws projectors of variance 1 / D, which on average keep the lengths of states."""
+    """Draws projectors of variance 1 / D, which on average keep a channel's mean square."""
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(key, max(1, len(leaves)))
     drawn = [

@@ -74,7 +74,7 @@ def _guarded(main: Callable[[], None]) -> int:
         _say(f'Error: {error}')
         return 2
     except KeyboardInterrupt:
-        _say('Interrupted. What was saved is intact, and the same command goes on from there.')
+        _say('Interrupted. What was complete is intact.')
         return _INTERRUPTED
     return 0
 

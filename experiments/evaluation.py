@@ -177,11 +177,18 @@ def _price(chip: str, tokens_per_second: float) -> dict[str, Any]:
 
 
 def _small_machines() -> int:
-    """How many machines of two virtual CPUs are as many as all processes' machines have.
+    """How many machines of two virtual CPUs are as many as the processes may use.
 
     Within a family of machines the list price is in proportion to them.
     """
-    return jax.process_count() * math.ceil((os.cpu_count() or 2) / 2)
+    return jax.process_count() * math.ceil(_processors() / 2)
+
+
+def _processors() -> int:
+    """How many virtual CPUs this process may use, where the system says so."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 2
 
 
 def _dollars(row: dict[str, Any]) -> float | None:

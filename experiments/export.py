@@ -56,7 +56,11 @@ def model_card(context: Context) -> str:
     licence = teacher_licence(context)
     front = ['---', 'library_name: transformers', 'tags: [distillation, fractional]']
     front += [] if licence is None else [f'license: {licence}']
-    terms = ', '.join(f'{t.weight} x {t.name}' for t in study.student.terms.values())
+    recipe = [f'{term.weight} x {term.name}' for term in study.student.terms.values()]
+    recipe += [
+        f'{feature.weight} x {feature.kind} (feature)'
+        for feature in (study.student.features or {}).values()
+    ]
     optimizer, train = study.student.optimizer, study.student.train
     tokens = train.steps * study.data.batch_size * study.data.seq_len
     return '\n'.join(
@@ -70,8 +74,8 @@ def model_card(context: Context) -> str:
             *_start(context),
             f'- Licence of the teacher: {licence or "not recorded"}. A student is bound by its '
             "teacher's licence and by that of the text.",
-            f'- Recipe: {terms}; {train.steps} steps of {study.data.batch_size} rows of '
-            f'{study.data.seq_len} tokens ({tokens:,} tokens) of {study.data.source!r}; '
+            f'- Recipe: {", ".join(recipe)}; {train.steps} steps of {study.data.batch_size} rows '
+            f'of {study.data.seq_len} tokens ({tokens:,} tokens) of {study.data.source!r}; '
             f'{optimizer.name}, learning rate {optimizer.learning_rate}; seed {study.seed}.',
             f'- Command: `{context.command}`',
             f'- {_comparison(evaluation["comparison"])}',

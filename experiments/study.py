@@ -217,10 +217,12 @@ class StudentConfig:
 
     def require_taught(self) -> None:
         """Refuses terms that learn nothing from what a teacher says of the text."""
-        if not any(term.needs_teacher and _ever_counts(term) for term in self.objective().terms):
+        terms = [term for term in self.objective().terms if term.needs_teacher]
+        if not any(map(_ever_counts, [*terms, *self.objective().features])):
             received = ', '.join(f'{t.name} (weight {t.weight})' for t in self.terms.values())
             raise InputError(
-                'terms must hold a divergence from the teacher whose weight is not always zero; '
+                'terms must hold a divergence from the teacher whose weight is not always zero, or '
+                'features one of its features; '
                 f'received {received}. '
                 "Add one, such as dict(name='forward_kl', weight=1.0)."
             )
@@ -231,8 +233,8 @@ def _require_causal(model: TransformerConfig) -> None:
         require_causal(model.moe.router, 'A study, which compares models that read left to right,')
 
 
-def _ever_counts(term: Term) -> bool:
-    """Whether a term's weight is above zero at any step."""
+def _ever_counts(term: Term | Feature) -> bool:
+    """Whether its weight is above zero at any step."""
     weight = term.weight
     bounds = weight.bounds if isinstance(weight, Schedule) else (weight,)
     return any(float(bound) > 0 for bound in bounds)

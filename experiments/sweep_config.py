@@ -38,7 +38,7 @@ class Run:
     def control_inputs(self) -> Any:
         """All that the control hangs on: not on what teaches the student."""
         values: dict[str, Any] = self.config.to_dict()
-        del values['evaluate'], values['student']['terms']
+        del values['evaluate'], values['student']['terms'], values['student']['features']
         return values
 
 
@@ -92,9 +92,9 @@ def _run(config: Any, name: str, seed: int) -> Run:
 
 
 def _change(part: Any, changes: Any, path: str) -> None:
-    """Sets what a variant changes in a part of the study; only a term may be new there."""
+    """Sets what a variant changes in a part of the study; terms and features may be new there."""
     for key, value in changes.items():
-        if key not in part and not path.endswith('.terms'):
+        if key not in part and not path.endswith(('.terms', '.features')):
             raise InputError(unknown_key(path, key, list(part)))
         if isinstance(value, Mapping | ml_collections.ConfigDict) and part.get(key) is not None:
             _change(part[key], value, f'{path}.{key}')

@@ -185,7 +185,7 @@ def test_micro_batches_on_eight_devices_give_the_same_update():
     jax.tree.map(close, metrics.pairs, expected.pairs)
 
 
-def test_projectors_keep_lengths_and_are_split_as_the_student_is():
+def test_projectors_keep_the_mean_square_and_are_split_as_the_student_is():
     recipe = make_recipe()
     (kernels,) = (recipe.projectors[PROJECTORS],)
     assert {name: leaf.shape for name, leaf in kernels.items()} == {
