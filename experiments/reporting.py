@@ -62,6 +62,12 @@ def write_study_report(context: Context, *, provenance: dict[str, Any]) -> None:
         context.json_path.write_text(json.dumps(rows, indent=2, allow_nan=False) + '\n')
 
 
+def reported_models(context: Context) -> set[str]:
+    """Names the models that the report is about, where there is one."""
+    file = context.workdir.path / 'summary.json'
+    return set(json.loads(file.read_text())['models']) if file.exists() else set()
+
+
 def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Gives the table as rows of figures; the reference of each is the teacher's, if any."""
     rows = []

@@ -38,7 +38,7 @@ from experiments.remote_scores import (
     require_texts_of_teacher,
     write_remote_targets,
 )
-from experiments.reporting import write_study_report
+from experiments.reporting import reported_models, write_study_report
 from experiments.seen import is_recorded, record_seen, refuse_seen
 from experiments.study import OWN_TEACHER, TeacherConfig
 from experiments.targets import online_estimator, open_targets, write_targets
@@ -71,9 +71,7 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
     for name, stage in STAGES.items():
         if name not in names or name in _unneeded(context):
             continue
-        # Figures that are asked for are written, though the report stands.
-        again = name == 'report' and context.json_path is not None
-        complete = context.workdir.result(name) is not None and not again
+        complete = context.workdir.result(name) is not None and not _is_due_again(context, name)
         # Nobody may see what this stage writes before everybody has seen what was there.
         distributed.barrier(f'{name}: decided')
         if complete:
@@ -87,6 +85,18 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
         seconds = result.pop('seconds_before', 0.0) + time.perf_counter() - start
         context.workdir.complete(name, {'seconds': round(seconds, 3)} | result)
         distributed.barrier(f'{name}: complete')
+
+
+def _is_due_again(context: Context, name: str) -> bool:
+    """Whether a complete stage has more to say now: of a control that was trained after it."""
+    evaluation = context.workdir.result('evaluate')
+    measured = set() if evaluation is None else set(evaluation['models'])
+    if name == 'evaluate':
+        return context.workdir.result('control') is not None and 'control' not in measured
+    if name == 'report':
+        # Figures that are asked for are written, though the report stands.
+        return context.json_path is not None or reported_models(context) != measured
+    return False
 
 
 def _unneeded(context: Context) -> tuple[str, ...]:
@@ -205,9 +215,9 @@ def control(context: Context) -> dict[str, Any]:
 
 def evaluate(context: Context) -> dict[str, Any]:
     """Measures all that are here, a remote teacher not, on the same held-out text."""
-    names = [name for name in ('student', 'control') if name not in _unneeded(context)]
-    for name in ('teacher', *names):
+    for name in ('teacher', 'student'):
         context.workdir.require_result(name, wanted_by='evaluate')
+    names = [name for name in ('student', 'control') if context.workdir.result(name) is not None]
     student_model = context.model(context.study.student.model)
     students = {name: (student_model, _load(context, name, student_model)) for name in names}
     for name in ('teacher', *names):

@@ -113,6 +113,27 @@ def test_complete_stages_are_skipped(launcher: Launcher, uninterrupted: pathlib.
     assert everything_in(uninterrupted) == before
 
 
+def test_a_student_is_evaluated_before_its_control_and_with_it_once_that_is_there(
+    launcher: Launcher, uninterrupted: pathlib.Path, tmp_path: pathlib.Path
+):
+    workdir = shutil.copytree(uninterrupted, tmp_path / 'study')
+    control = (workdir / 'control').rename(tmp_path / 'control')
+    (workdir / 'evaluate' / 'result.json').unlink()
+    finished = launcher.run(*launcher.flags(workdir, '--stages=student,evaluate', *MESH))
+    assert finished.status == 0, finished.output
+    alone = json.loads((workdir / 'evaluate' / 'result.json').read_text())
+    assert set(alone['models']) == {'teacher', 'student'}
+    assert 'control_minus_student_bits_per_byte' not in alone['comparison']
+    control.rename(workdir / 'control')
+    (workdir / 'summary.json').write_text(json.dumps({'models': alone['models']}))
+    finished = launcher.run(*launcher.flags(workdir, *MESH))
+    assert finished.status == 0, finished.output
+    summaries = [json.loads((w / 'summary.json').read_text()) for w in (workdir, uninterrupted)]
+    now, before = (summary['comparison'] for summary in summaries)
+    gain = 'control_minus_student_bits_per_byte'
+    assert now[gain] == pytest.approx(before[gain])
+
+
 def test_picked_stages_alone_are_run(launcher: Launcher, tmp_path: pathlib.Path):
     dense = '--config.student.model.moe.dispatch=dense'
     finished = launcher.run(*launcher.flags(tmp_path, '--stages=control', dense), devices=1)
