@@ -9,8 +9,6 @@ import dataclasses
 import functools
 import math
 import re
-import statistics
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
@@ -18,6 +16,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Int
 
+from distill.timing import interleaved_medians
 from moe.accounting import flops_per_token
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
@@ -274,15 +273,12 @@ def measure_prefill(
         InputError: where `repeats` is below 1.
     """
     require(repeats >= 1, 'repeats', 'at least 1', repeats)
-    for model, variables in models.values():
-        jax.block_until_ready(_prefill(model, variables, tokens))
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats):
-        for name, (model, variables) in models.items():
-            start = time.perf_counter()
-            jax.block_until_ready(_prefill(model, variables, tokens))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: tokens.size / statistics.median(times) for name, times in seconds.items()}
+    forwards = {
+        name: functools.partial(_prefill, model, variables, tokens)
+        for name, (model, variables) in models.items()
+    }
+    seconds = interleaved_medians(forwards, repeats=repeats)
+    return {name: tokens.size / median for name, median in seconds.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -66,7 +66,7 @@ def require_comparable(
                 f'received {widths[0]} and {widths[1]}. Set project=True.'
             )
         for pair in pairs:
-            attentions = _attentions(pair, student, teacher)
+            attentions = paired_attentions(pair, student, teacher)
             if feature.kind == 'relation':
                 _require_divisor(feature, attentions)
             elif feature.kind == 'attention':
@@ -132,9 +132,10 @@ def _spread(ours: list[int], theirs: list[int]) -> tuple[LayerPair, ...]:
     return tuple(zip(picked(ours), picked(theirs), strict=True))
 
 
-def _attentions(
+def paired_attentions(
     pair: LayerPair, student: TransformerConfig, teacher: TransformerConfig
 ) -> tuple[Any, Any]:
+    """Returns the attention of a pair's two layers."""
     return student.attention_layers[pair[0]], teacher.attention_layers[pair[1]]
 
 

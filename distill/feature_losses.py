@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from distill.router_match import log_shares
+from moe.layers import soft_cap
 from moe.routing import ScoreFunction
 from moe.types import RouterOutput
 
@@ -107,8 +108,7 @@ def attention_scores(
     B, T, H, Dk = queries.shape
     grouped = queries.reshape(B, T, keys.shape[2], -1, Dk)
     scores = jnp.einsum('btkgd,bskd->bkgts', grouped, keys, preferred_element_type=jnp.float32)
-    scores = scale * scores.reshape(B, H, T, -1)
-    return scores if score_cap is None else score_cap * jnp.tanh(scores / score_cap)
+    return soft_cap(scale * scores.reshape(B, H, T, -1), score_cap)
 
 
 def usage_match_loss(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distill.feature_checks import layer_pairs, require_comparable
+from distill.feature_checks import layer_pairs, paired_attentions, require_comparable
 from distill.feature_losses import (
     Pair,
     attention_match_loss,
@@ -168,7 +168,7 @@ def _relation(ours: Array, theirs: Array, segment_ids: Array, heads: int) -> Pai
 def _attention(student: Inside, teacher: Inside, pair: tuple[int, int], segment_ids: Array) -> Pair:
     """Compares the maps of two layers, whose windows agree."""
     index = jnp.arange(segment_ids.shape[1])
-    ours, theirs = (_attention_of(who, i) for who, i in zip((student, teacher), pair, strict=True))
+    ours, theirs = paired_attentions(pair, student.config, teacher.config)
     allowed = attention_mask(index, index, segment_ids, segment_ids, ours.window)
 
     @jax.checkpoint
@@ -178,10 +178,6 @@ def _attention(student: Inside, teacher: Inside, pair: tuple[int, int], segment_
         return attention_match_loss(own, wanted, allowed, segment_ids > 0)
 
     return loss(*(_both(student, teacher, pair, name) for name in ('queries', 'keys')))
-
-
-def _attention_of(who: Inside, layer: int) -> Any:
-    return who.config.attention_layers[layer]
 
 
 def _scores(attention: Any, queries: Array, keys: Array) -> Array:

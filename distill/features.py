@@ -8,7 +8,8 @@ from typing import Any, Literal
 from jaxtyping import Array, Int
 
 from distill.feature_losses import Metric
-from distill.schedules import Schedule, value_at
+from distill.naming import numbered
+from distill.schedules import Schedule, bounds_of, value_at
 from moe.activations import Activation
 from moe.errors import InputError
 from moe.validation import one_of
@@ -76,8 +77,7 @@ class Feature:
         self._check_layers()
 
     def _check_weight(self) -> None:
-        bounds = self.weight.bounds if isinstance(self.weight, Schedule) else (self.weight,)
-        if not all(math.isfinite(bound) and bound >= 0 for bound in bounds):
+        if not all(math.isfinite(bound) and bound >= 0 for bound in bounds_of(self.weight)):
             raise InputError(
                 f'The weight of {self.kind} must be zero or more; received {self.weight!r}.'
             )
@@ -117,6 +117,4 @@ def activations_of(features: Sequence[Feature]) -> tuple[Activation, ...]:
 
 def feature_names(features: Sequence[Feature]) -> tuple[str, ...]:
     """Returns a distinct name for each: its kind, numbered from the second of a kind on."""
-    kinds = [feature.kind for feature in features]
-    counts = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
-    return tuple(f'{k}_{c + 1}' if c else k for k, c in zip(kinds, counts, strict=True))
+    return numbered([feature.kind for feature in features])

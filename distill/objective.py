@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from distill.algebra import PARAMETERS, SPECS, Divergence
 from distill.features import Feature
-from distill.schedules import Schedule, value_at
+from distill.naming import numbered
+from distill.schedules import Schedule, ever_positive, value_at
 from distill.types import WRITERS
 from moe.errors import InputError
 
@@ -152,15 +153,11 @@ class Objective:
     @property
     def uses_mtp(self) -> bool:
         """Whether tokens further ahead count at any step."""
-        return _ever_positive(self.mtp_weight)
+        return ever_positive(self.mtp_weight)
 
     def at(self, step: Int[Array, ''] | int) -> tuple[Term, ...]:
         """Returns the terms with every schedule's value at a step, which may be traced."""
         return tuple(term.at(step) for term in self.terms)
-
-
-def _ever_positive(weight: float | Schedule) -> bool:
-    return any(w > 0 for w in (weight.bounds if isinstance(weight, Schedule) else (weight,)))
 
 
 def metric_names(terms: tuple[Term, ...], *, sampled: bool = False) -> tuple[str, ...]:
@@ -176,5 +173,4 @@ def metric_names(terms: tuple[Term, ...], *, sampled: bool = False) -> tuple[str
         known.get(term.name, term.name) + ('' if term.on is None else f'_on_{term.on}')
         for term in terms
     ]
-    counts = [names[:i].count(name) for i, name in enumerate(names)]
-    return tuple(f'{n}_{c + 1}' if c else n for n, c in zip(names, counts, strict=True))
+    return numbered(names)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,16 @@ class Schedule:
         if self.kind == 'cosine':
             done = (1 - jnp.cos(jnp.pi * done)) / 2
         return self.start + (self.end - self.start) * done
+
+
+def bounds_of(value: 'float | Schedule | Array') -> tuple[Any, ...]:
+    """Returns the values between which those of all steps lie: of a number, itself."""
+    return value.bounds if isinstance(value, Schedule) else (value,)
+
+
+def ever_positive(value: 'float | Schedule | Array') -> bool:
+    """Whether a value is above zero at any step."""
+    return any(float(bound) > 0 for bound in bounds_of(value))
 
 
 def value_at(value: 'float | Schedule | Array', step: Int[Array, ''] | int) -> float | jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.timing import interleaved_medians
+from distill.timing import interleaved_medians
 from moe.accounting import parameter_report
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.decode import write

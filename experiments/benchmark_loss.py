@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from distill.divergences import forward_kl
 from distill.fused import DEFAULT_CHUNK_SIZE, fused_distillation_loss
 from distill.objective import Term
+from distill.timing import interleaved_medians
 from distill.types import HiddenTargets
-from experiments.timing import interleaved_medians
 
 Row = dict[str, Any]
 

@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from distill.timing import interleaved_medians
 from experiments import benchmark_peer
 from experiments.hlo import check_not_expanded
-from experiments.timing import interleaved_medians
 from moe.config import Dispatch, MoEConfig, RouterConfig
 from moe.experts import MoELayer
 from moe.layers import GatedMLP

@@ -16,8 +16,8 @@ from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, make_optimizer
 from distill.step import Recipe, initial_state, make_train_step
 from distill.teacher import OnlineTeacher
+from distill.timing import interleaved_medians
 from distill.types import Batch, TrainState
-from experiments.timing import interleaved_medians
 from moe.accounting import parameter_report
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.sharding import logical_axes

@@ -89,14 +89,14 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
 
 def _is_due_again(context: Context, name: str) -> bool:
     """Whether a complete stage has more to say now: of a control that was trained after it."""
+    if name not in ('evaluate', 'report'):
+        return False
     evaluation = context.workdir.result('evaluate')
     measured = set() if evaluation is None else set(evaluation['models'])
     if name == 'evaluate':
         return context.workdir.result('control') is not None and 'control' not in measured
-    if name == 'report':
-        # Figures that are asked for are written, though the report stands.
-        return context.json_path is not None or reported_models(context) != measured
-    return False
+    # Figures that are asked for are written, though the report stands.
+    return context.json_path is not None or reported_models(context) != measured
 
 
 def _unneeded(context: Context) -> tuple[str, ...]:
@@ -218,11 +218,11 @@ def evaluate(context: Context) -> dict[str, Any]:
     for name in ('teacher', 'student'):
         context.workdir.require_result(name, wanted_by='evaluate')
     names = [name for name in ('student', 'control') if context.workdir.result(name) is not None]
-    student_model = context.model(context.study.student.model)
-    students = {name: (student_model, _load(context, name, student_model)) for name in names}
     for name in ('teacher', *names):
         if is_recorded(context.workdir.path / name):
             refuse_seen(context.workdir.path / name, context.split[1], key='--workdir')
+    student_model = context.model(context.study.student.model)
+    students = {name: (student_model, _load(context, name, student_model)) for name in names}
     remote = context.study.teacher.source == 'remote'
     teachers = {} if remote else {'teacher': load_teacher(context)}
     return evaluate_models(context, teachers | students)

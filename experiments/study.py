@@ -16,7 +16,7 @@ from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, learning_rate_schedule
 from distill.pairs import require_sound
 from distill.provenance import PUBLISHED, Provenance, require_permission
-from distill.schedules import Schedule
+from distill.schedules import Schedule, ever_positive
 from distill.tokenizer import ByteTokenizer
 from distill.writers import require_writers
 from experiments.architectures import own_architecture, published_start, published_teacher
@@ -218,7 +218,7 @@ class StudentConfig:
     def require_taught(self) -> None:
         """Refuses terms that learn nothing from what a teacher says of the text."""
         terms = [term for term in self.objective().terms if term.needs_teacher]
-        if not any(map(_ever_counts, [*terms, *self.objective().features])):
+        if not any(ever_positive(it.weight) for it in (*terms, *self.objective().features)):
             received = ', '.join(f'{t.name} (weight {t.weight})' for t in self.terms.values())
             raise InputError(
                 'terms must hold a divergence from the teacher whose weight is not always zero, or '
@@ -231,13 +231,6 @@ class StudentConfig:
 def _require_causal(model: TransformerConfig) -> None:
     if model.moe is not None:
         require_causal(model.moe.router, 'A study, which compares models that read left to right,')
-
-
-def _ever_counts(term: Term | Feature) -> bool:
-    """Whether its weight is above zero at any step."""
-    weight = term.weight
-    bounds = weight.bounds if isinstance(weight, Schedule) else (weight,)
-    return any(float(bound) > 0 for bound in bounds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,7 @@ def test_prefill_is_the_median_of_runs_in_turn_after_a_warm_up(
 ) -> None:
     # Runs of 9 and 1, of 2 and 6, of 3 and 4 s, for 12 tokens.
     ticks = iter([0.0, 9.0, 10.0, 11.0, 20.0, 22.0, 30.0, 36.0, 40.0, 43.0, 50.0, 54.0])
-    monkeypatch.setattr(cost.time, 'perf_counter', lambda: next(ticks))
+    monkeypatch.setattr('time.perf_counter', lambda: next(ticks))
     waited = []
     monkeypatch.setattr(cost.jax, 'block_until_ready', lambda x: waited.append(float(x[0, 0])))
     tokens = jnp.ones((2, 6), jnp.int32)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
+from distill.timing import interleaved_medians
 from experiments import benchmark, benchmark_decode, benchmark_moe, benchmark_peer, cli
 from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import loss_rows, memory_rows
@@ -26,7 +27,6 @@ from experiments.benchmark_step import (
     student_config,
     teacher_config,
 )
-from experiments.timing import interleaved_medians
 from moe.accounting import flops_per_token, parameter_report
 
 KEYS = {'name', 'value', 'unit', 'reference', 'ratio', 'conditions'}
