@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from routed_student import STUDENT as PLAIN
+from routed_student import V, mesh_of, variables
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.feature_match import Inside, features_loss
@@ -30,23 +32,14 @@ from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConf
 from moe.errors import InputError
 from moe.sharding import (
     MeshConfig,
-    abstract_variables,
     batch_sharding,
     make_mesh,
     variable_shardings,
 )
 from moe.transformer import Transformer
 
-B, T, V = 16, 6, 16
-STUDENT = TransformerConfig(
-    vocab_size=V,
-    num_layers=2,
-    embed_dim=8,
-    mlp_dim=8,
-    attention=AttentionConfig(2, 2, 4),
-    moe=MoEConfig(RouterConfig(4, 1), 4, dispatch='dense'),
-    remat='full',
-)
+B, T = 16, 6
+STUDENT = dataclasses.replace(PLAIN, remat='full')
 TEACHER = TransformerConfig(
     vocab_size=V,
     num_layers=3,
@@ -68,15 +61,6 @@ FEATURES = (
 NAMES = ('embedding', 'hidden', 'hidden_2', 'relation', 'attention', 'usage')
 WEIGHTS = (0.3, 1.0, 0.7, 2.0, 5.0, 3.0)
 TERMS = (Term('forward_kl', weight=0.7),)
-
-
-@functools.cache
-def variables(config: TransformerConfig):
-    rng = np.random.default_rng(config.embed_dim)
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.6 * rng.normal(size=x.shape), x.dtype),
-        abstract_variables(Transformer(config)),
-    )
 
 
 def make_batch() -> Batch:
@@ -107,9 +91,7 @@ def make_recipe(mesh=None, micro_batches: int = 1, **changes) -> Recipe:
 @functools.cache
 def run(micro_batches: int = 1, sizes: tuple[int, ...] = (1, 1, 1)):
     """The state before and after one update, and what it measured."""
-    mesh = None
-    if sizes != (1, 1, 1):
-        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    mesh = mesh_of(sizes)
     recipe = make_recipe(mesh, micro_batches)
     state = jax.jit(functools.partial(initial_state, recipe))(variables(STUDENT))
     teacher, batch = variables(TEACHER), make_batch()

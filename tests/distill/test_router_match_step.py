@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from routed_student import STUDENT, V, mesh_of, variables
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.features import Feature
@@ -18,23 +19,12 @@ from distill.types import Batch
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.errors import InputError
 from moe.sharding import (
-    MeshConfig,
-    abstract_variables,
     batch_sharding,
-    make_mesh,
     variable_shardings,
 )
 from moe.transformer import Transformer
 
-B, T, V = 4, 6, 16
-STUDENT = TransformerConfig(
-    vocab_size=V,
-    num_layers=2,
-    embed_dim=8,
-    mlp_dim=8,
-    attention=AttentionConfig(2, 2, 4),
-    moe=MoEConfig(RouterConfig(4, 1), 4, dispatch='dense'),
-)
+B, T = 4, 6
 TEACHER = TransformerConfig(
     vocab_size=V,
     num_layers=2,
@@ -45,15 +35,6 @@ TEACHER = TransformerConfig(
 )
 TERMS = (Term('forward_kl', weight=0.7),)
 WEIGHT = 0.4
-
-
-@functools.cache
-def variables(config: TransformerConfig):
-    rng = np.random.default_rng(config.embed_dim)
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.6 * rng.normal(size=x.shape), x.dtype),
-        abstract_variables(Transformer(config)),
-    )
 
 
 def make_batch() -> Batch:
@@ -68,9 +49,7 @@ def make_batch() -> Batch:
 @functools.cache
 def run(micro_batches: int = 1, sizes: tuple[int, ...] = (1, 1, 1)):
     """One update at rate 1: parameters move by exactly the gradient."""
-    mesh = None
-    if sizes != (1, 1, 1):
-        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    mesh = mesh_of(sizes)
     recipe = Recipe(
         model=Transformer(STUDENT, mesh),
         objective=Objective(TERMS, features=(Feature('router', weight=WEIGHT),)),
