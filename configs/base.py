@@ -246,6 +246,30 @@ def features(**named: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(named)
 
 
+def cross_tokenizer(method: str, **fields: float | str | dict) -> ml_collections.ConfigDict:
+    """Fields of distill.across.CrossTokenizer, set as `student.cross_tokenizer`.
+
+    The student's tokenizer is then that of what it starts from, or the one that `data` describes,
+    and the teacher's its own.
+    """
+    scheduled = {key: value for key, value in fields.items() if isinstance(value, dict)}
+    across = ml_collections.ConfigDict(
+        dict(
+            method=method,  # 'uld' (sorted probabilities) or 'gold' (matched ids, the rest sorted)
+            weight=1.0,  # beside the terms, of which cross_entropy alone may stay
+            temperature=1.0,  # of both sides
+            divergence=config_dict.placeholder(str),  # of 'gold': 'jsd', 'forward_kl', 'reverse_kl'
+            beta=config_dict.placeholder(float),  # of 'jsd'
+            matched_weight=config_dict.placeholder(float),  # of 'gold'; None: share of shared ids
+            unmatched_weight=config_dict.placeholder(float),  # of 'gold'; None: the rest of it
+            teacher_seq_len=config_dict.placeholder(int),  # tokens; None for twice data.seq_len
+        )
+        | scheduled
+    )
+    across.update({key: value for key, value in fields.items() if key not in scheduled})
+    return across
+
+
 def further_teacher(checkpoint: str) -> ml_collections.ConfigDict:
     """Fields of experiments.panel_config.FurtherTeacherConfig."""
     return ml_collections.ConfigDict(
@@ -346,6 +370,7 @@ def get_config() -> ml_collections.ConfigDict:
         return_weight=0.0,  # of what a token does to those after it, where the student writes
         rollout=_mapping(),  # `rollout()`, to learn from what a model writes
         features=_mapping(),  # `features()`, matched inside of student and teacher
+        cross_tokenizer=_mapping(),  # `cross_tokenizer()`, for a teacher of another tokenizer
         terms=dict(
             kl=term('forward_kl', weight=0.9),
             ce=term('cross_entropy', weight=0.1),

@@ -1,5 +1,6 @@
 """Distillation in JAX: targets, divergences, objectives and the fused loss."""
 
+from distill.across import CrossTokenizer
 from distill.answer_ledger import AnswerLedger
 from distill.asking import Manner, ask_all
 from distill.backoff import Backoff
@@ -41,6 +42,7 @@ from distill.feature_losses import (
     usage_match_loss,
 )
 from distill.features import Feature
+from distill.foreign_teacher import ForeignTeacher
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
 from distill.panel import TeacherPanel
@@ -67,9 +69,11 @@ __all__ = [
     'Batch',
     'CachedTargets',
     'CachedTeacher',
+    'CrossTokenizer',
     'DenseTargets',
     'EstimatedTeacher',
     'Feature',
+    'ForeignTeacher',
     'HiddenTargets',
     'Limits',
     'Manner',

@@ -30,6 +30,7 @@ class TokenCorpus:
         source_sha256: of the names and texts.
         tokenizer_fingerprint: of the tokenizer that made the ids.
         routes: the number of each document's teacher; None where data choose none.
+        parallel: the same documents in the ids of another tokenizer; None where nobody reads those.
     """
 
     tokens: Int[np.ndarray, 'N']
@@ -38,11 +39,30 @@ class TokenCorpus:
     source_sha256: str
     tokenizer_fingerprint: str
     routes: Int[np.ndarray, 'Docs'] | None = None
+    parallel: 'ParallelTokens | None' = None
 
     @property
     def lengths(self) -> Int[np.ndarray, 'Docs']:
         """Counts the tokens of each document."""
         return np.diff(self.starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelTokens:
+    """The documents of a corpus in another tokenizer's ids, and where both agree on a boundary.
+
+    Attributes:
+        corpus: the other one, of the same documents.
+        seq_len: `Tt`, tokens of its rows.
+        own_spans: of each token of the first corpus its span, from 0 in each document; see
+            `distill.spans.shared_spans`.
+        spans: of each token of the other corpus.
+    """
+
+    corpus: TokenCorpus
+    seq_len: int
+    own_spans: Int[np.ndarray, 'N']
+    spans: Int[np.ndarray, 'Nt']
 
 
 def documents_sha256(documents: Sequence[Document]) -> str:

@@ -252,7 +252,7 @@ def teacher_to_student(
 
 
 def measure_prefill(
-    models: Mapping[str, tuple[nn.Module, Any]], tokens: Int[Array, 'B T'], *, repeats: int = 5
+    models: Mapping[str, tuple[nn.Module, Any, Int[Array, 'B T']]], *, repeats: int = 5
 ) -> dict[str, float]:
     """Measures the throughput of whole sequences in one forward pass.
 
@@ -261,9 +261,9 @@ def measure_prefill(
     a while is busy for all of them.
 
     Args:
-        models: by name a model, applied as `model.apply(variables, tokens)`, and its variables,
-            unboxed.
-        tokens: the batch; its size decides the throughput as much as a model does.
+        models: by name a model, applied as `model.apply(variables, tokens)`, its variables,
+            unboxed, and the batch; of one size for all, which decides the throughput as much as a
+            model does.
         repeats: timed runs of each, at least 1.
 
     Returns:
@@ -275,10 +275,10 @@ def measure_prefill(
     require(repeats >= 1, 'repeats', 'at least 1', repeats)
     forwards = {
         name: functools.partial(_prefill, model, variables, tokens)
-        for name, (model, variables) in models.items()
+        for name, (model, variables, tokens) in models.items()
     }
     seconds = interleaved_medians(forwards, repeats=repeats)
-    return {name: tokens.size / median for name, median in seconds.items()}
+    return {name: models[name][2].size / median for name, median in seconds.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -115,7 +115,8 @@ def span_loss(
         _Side(hidden, head, labels, alignment.student, loss.temperature),
         _Side(targets.hidden, targets.head, teacher_labels, alignment.teacher, loss.temperature),
     )
-    num_spans = max(labels.shape[1], teacher_labels.shape[1])
+    # A span has a token of both sides at least.
+    num_spans = min(labels.shape[1], teacher_labels.shape[1])
     firsts = [_first_positions(side.spans, num_spans) for side in sides]
     valid = (firsts[0] < labels.shape[1]) & (firsts[1] < teacher_labels.shape[1])
     following = [

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from distill.corpus import TokenCorpus, tokenize
+from distill.counterpart import parallel_row
 from distill.packing import RowLayout, concat_split, fill_row, first_fit, one_a_row
 from distill.sources import Document
 from distill.tokenizer import Tokenizer
@@ -71,10 +72,17 @@ def fingerprint(corpus: TokenCorpus, config: DataConfig) -> Fingerprint:
     if corpus.routes is not None:
         numbers = np.ascontiguousarray(corpus.routes, np.int64)
         routes = {'routes': hashlib.sha256(numbers.tobytes()).hexdigest()}
+    parallel = {}
+    if corpus.parallel is not None:
+        parallel = {
+            'teacher_tokenizer': corpus.parallel.corpus.tokenizer_fingerprint,
+            'teacher_seq_len': corpus.parallel.seq_len,
+        }
     return {
         'source': corpus.source_sha256,
         'tokenizer': corpus.tokenizer_fingerprint,
         **routes,
+        **parallel,
         **dataclasses.asdict(config),
     }
 
@@ -173,8 +181,8 @@ class TrainPipeline:
         check_fingerprint(state['fingerprint'], self.fingerprint)
         self._iterator.set_state(dict(state['position']))
 
-    def _row(self, index: int, row: int) -> dict[str, np.ndarray]:
-        return fill_row(self._corpus, self._layout_of(index // self.rows_per_epoch), row)
+    def _row(self, index: int, row: int) -> dict[str, Any]:
+        return parallel_row(self._corpus, self._layout_of(index // self.rows_per_epoch), row)
 
     def _layout_of(self, epoch: int) -> RowLayout:
         # The number of rows must not change from epoch to epoch: first fit keeps its first packing.

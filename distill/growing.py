@@ -5,12 +5,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from distill.corpus import TokenCorpus
+from distill.counterpart import parallel_row
 from distill.data import DataConfig, check_fingerprint, pack_epoch, shuffled
-from distill.packing import RowLayout, fill_row
+from distill.packing import RowLayout
 from distill.types import Batch
 from moe.errors import InputError
 from moe.validation import require
@@ -74,9 +76,9 @@ class GrowingPipeline:
             number = bisect.bisect_right(ends, row)
             epoch = self._epoch(number)
             place = row - (ends[number - 1] if number else 0)
-            rows.append(fill_row(epoch.corpus, epoch.layout, int(epoch.order[place])))
+            rows.append(parallel_row(epoch.corpus, epoch.layout, int(epoch.order[place])))
         self._batch += 1
-        fields: Any = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        fields: Any = jax.tree.map(lambda *values: np.stack(values), *rows)
         return Batch(**fields)
 
     def get_state(self) -> dict[str, Any]:

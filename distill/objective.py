@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from distill.across import CrossTokenizer, require_across
 from distill.algebra import PARAMETERS, SPECS, Divergence
 from distill.features import Feature
 from distill.naming import numbered
@@ -128,12 +129,15 @@ class Objective:
         return_weight: of what a token does to those after it, in sequences that the student writes:
             see `distill.returns`; zero or more.
         features: what is matched inside of student and teacher, each with a weight of its own.
+        across: how the student is compared with a teacher of another tokenizer; None for a teacher
+            of the same.
     """
 
     terms: tuple[Term, ...]
     mtp_weight: float | Schedule = 0.0
     return_weight: float = 0.0
     features: tuple[Feature, ...] = ()
+    across: CrossTokenizer | None = None
 
     def __post_init__(self) -> None:
         valid = isinstance(self.terms, tuple) and all(isinstance(t, Term) for t in self.terms)
@@ -143,11 +147,13 @@ class Objective:
             )
         for name in ('mtp_weight', 'return_weight'):
             check_number(getattr(self, name), lambda x: x >= 0, name, 'zero or more')
+        if self.across is not None:
+            require_across(self)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        extra = self.return_weight > 0 or bool(self.features)
+        extra = self.return_weight > 0 or bool(self.features) or self.across is not None
         return extra or any(term.needs_teacher for term in self.terms)
 
     @property

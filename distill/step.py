@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from distill.config import BalanceConfig, TrainConfig
 from distill.feature_match import Inside, features_loss, require_features
 from distill.features import activations_of
+from distill.foreign_teacher import ForeignTeacher, count_spans, foreign_loss, require_foreign
 from distill.mtp_loss import mtp_loss, require_weight
 from distill.objective import Objective
 from distill.panel import TeacherPanel, panel_loss, require_panel
@@ -99,6 +100,7 @@ class Recipe:
                 self.teacher, writes=self.rollout is not None, ahead=self.objective.uses_mtp
             )
         require_writers(self.objective, self.rollout and self.rollout.config)
+        require_foreign(self.objective, self.teacher, writes=self.rollout is not None)
         if self.rollout is not None:
             self._require_authors(self.rollout)
         if self.objective.return_weight > 0 and not isinstance(self.teacher, OnlineTeacher):
@@ -200,6 +202,7 @@ def make_train_step(
           + mtp_weight * (the same of the tokens further ahead, see `distill.mtp_loss`)
           + return_weight * (the surrogate of `distill.returns`, over the student's tokens)
           + (sum over features of weight * sum over tokens of what they lie apart) / R
+          + weight * (sum over spans that a teacher of another tokenizer shares) / (their number)
           + load_balance_weight * (sum over sequences and MoE layers of the load-balance loss) / R L
           + router_z_weight * (sum over tokens and MoE layers of the z-loss) / R L,
 
@@ -316,12 +319,14 @@ class _Whole:
         routed: tokens that are not padding, at least 1.
         load: assignments to each expert; None where no loss needs it.
         written: unmasked tokens by each writer; None where all is text.
+        spans: shared with a teacher of another tokenizer; None without one.
     """
 
     tokens: Float[Array, '']
     routed: Float[Array, '']
     load: Float[Array, 'layers E'] | None
     written: Float[Array, 'writers'] | None
+    spans: Float[Array, ''] | None
 
 
 @flax.struct.dataclass
@@ -347,6 +352,7 @@ def _gradients(
         routed=jnp.maximum(jnp.sum(batch.segment_ids > 0, dtype=jnp.float32), 1),
         load=_whole_load(recipe, state, parts),
         written=None if batch.writers is None else tokens_by_writer(batch),
+        spans=count_spans(batch) if isinstance(recipe.teacher, ForeignTeacher) else None,
     )
 
     def share(params: Any, part: _Part) -> tuple[Array, tuple[_Totals, Any]]:
@@ -447,6 +453,8 @@ def _loss(
     max_logits = noted.get(MAX_LOGITS)
     head = output_head(model.config, params).astype(output.hidden.dtype)
     targets, taught = _asked(recipe, teacher, batch)
+    # What is said of other tokens is no target of the terms.
+    own = None if isinstance(recipe.teacher, ForeignTeacher) else targets
     terms = recipe.objective.at(state.step)
     settings: Any = {
         'normalizer': whole.tokens,
@@ -461,7 +469,7 @@ def _loss(
         loss, pairs = written_loss(
             output.hidden,
             head,
-            targets,
+            own,
             terms,
             batch,
             return_weight=recipe.objective.return_weight,
@@ -469,7 +477,7 @@ def _loss(
             **settings,
         )
     if output.ahead:
-        further, more = mtp_loss(output.ahead, head, targets, terms, batch, **settings)
+        further, more = mtp_loss(output.ahead, head, own, terms, batch, **settings)
         loss += value_at(recipe.objective.mtp_weight, state.step) * further
         pairs |= more
     if taught is not None:
@@ -477,6 +485,20 @@ def _loss(
         known = params.get(PROJECTORS, {}), batch.segment_ids, state.step
         apart, more = features_loss(recipe.objective.features, inside, taught, *known)
         loss += apart / whole.routed
+        pairs |= more
+    if isinstance(recipe.teacher, ForeignTeacher):
+        apart, more = foreign_loss(
+            recipe.objective.across,
+            recipe.teacher,
+            output.hidden,
+            head,
+            targets,
+            batch,
+            spans=whole.spans,
+            step=state.step,
+            chunk_size=recipe.train.chunk_size,
+        )
+        loss += apart
         pairs |= more
     if model.config.moe is None:
         return loss, (_Totals(loss, pairs), max_logits)

@@ -23,6 +23,8 @@ class Batch:
         routes: the number of each token's teacher, where there are several and data choose among
             them; None otherwise.
         writers: who wrote each row, by their place in `WRITERS`; None where all is text.
+        counterpart: the same text in the tokens of a teacher with a tokenizer of its own; None
+            where it reads these.
     """
 
     tokens: Int[Array, 'B T']
@@ -33,6 +35,28 @@ class Batch:
     targets: 'TopKTargets | SampledTargets | None' = None
     routes: Int[Array, 'B T'] | None = None
     writers: Int[Array, 'B'] | None = None
+    counterpart: 'Counterpart | None' = None
+
+
+@flax.struct.dataclass
+class Counterpart:
+    """The text of a batch's rows in the tokens of another tokenizer, and the spans of both.
+
+    Attributes:
+        tokens: ids of the other tokenizer.
+        labels: the next token of the same document.
+        segment_ids: of the same documents as those of the batch; 0 for padding.
+        positions: from 0 within each document's piece.
+        student_spans: of the batch's labels, as `distill.spans.SpanAlignment.student` numbers them.
+        teacher_spans: of these labels, likewise; -1 where a label is part of no span.
+    """
+
+    tokens: Int[Array, 'B Tt']
+    labels: Int[Array, 'B Tt']
+    segment_ids: Int[Array, 'B Tt']
+    positions: Int[Array, 'B Tt']
+    student_spans: Int[Array, 'B T']
+    teacher_spans: Int[Array, 'B Tt']
 
 
 @flax.struct.dataclass

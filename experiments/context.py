@@ -14,6 +14,7 @@ import numpy as np
 
 from distill import distributed
 from distill.corpus import TokenCorpus, load_or_tokenize
+from distill.counterpart import with_parallel
 from distill.data import (
     DataConfig,
     EvaluationSet,
@@ -151,7 +152,21 @@ class Context:
         corpus = _writer_first(
             lambda: load_or_tokenize(folder, documents, tokenizer), f'tokens of epoch {epoch}'
         )
-        return dataclasses.replace(corpus, routes=self._routes(documents))
+        corpus = dataclasses.replace(corpus, routes=self._routes(documents))
+        across = self.study.student.cross_tokenizer
+        if across is None:
+            return corpus
+        other = _writer_first(
+            lambda: load_or_tokenize(folder, documents, self.teacher_tokenizer),
+            f"the teacher's tokens of epoch {epoch}",
+        )
+        length = self.study.data.seq_len
+        return with_parallel(
+            corpus,
+            other,
+            (tokenizer, self.teacher_tokenizer),
+            row_lengths=(length, across.teacher_seq_len or 2 * length),
+        )
 
     def _routes(self, documents: list[Document]) -> np.ndarray | None:
         """The number of each document's teacher, where a field of the data names it."""
@@ -170,22 +185,35 @@ class Context:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The teacher's where it comes from elsewhere; else the bytes, or a BPE trained once."""
+        """The student's: the teacher's where it comes from elsewhere; else bytes, or a trained BPE.
+
+        With `student.cross_tokenizer`, that of what the student starts from.
+        """
         data, teacher = self.study.data, self.study.teacher
         folder = self.workdir.path / 'tokenizer'
-        if teacher.source == 'hf':
-            published = PretrainedTokenizer(str(teacher.checkpoint))
-            require_room(published.vocab_size, teacher.model.vocab_size, str(teacher.checkpoint))
+        source, checkpoint = self.study.tokenizer_source
+        if source == 'hf':
+            published = _published(str(checkpoint), self.study.vocab_size)
             return _writer_first(lambda: _saved(published, folder), 'tokenizer')
         if teacher.source == 'remote' and teacher.remote.tokenizer is not None:
             own = folder_tokenizer(teacher.remote.tokenizer)
             return _writer_first(lambda: _saved(own, folder), 'tokenizer')
-        if teacher.checkpoint is not None:
-            return load_tokenizer(pathlib.Path(teacher.checkpoint).parent / 'tokenizer')
+        if checkpoint is not None:
+            return load_tokenizer(pathlib.Path(checkpoint).parent / 'tokenizer')
         if data.tokenizer == 'byte':
             return _writer_first(lambda: _saved(ByteTokenizer(), folder), 'tokenizer')
         texts = [document.text for document in self.split[0]]
         return _writer_first(lambda: train_or_load(folder, texts, data.vocab_size), 'tokenizer')
+
+    @functools.cached_property
+    def teacher_tokenizer(self) -> Tokenizer:
+        """That of the teacher: the student's, but with `student.cross_tokenizer`."""
+        teacher = self.study.teacher
+        if self.study.student.cross_tokenizer is None:
+            return self.tokenizer
+        if teacher.source == 'hf':
+            return _published(str(teacher.checkpoint), teacher.model.vocab_size)
+        return load_tokenizer(self.teacher_folder.parent / 'tokenizer')
 
     @functools.cached_property
     def corpus(self) -> TokenCorpus:
@@ -195,9 +223,22 @@ class Context:
     @functools.cached_property
     def held_out(self) -> EvaluationSet:
         """The held-out documents that are evaluated, as rows."""
+        return self._held_out(self.tokenizer)
+
+    def read_by(self, name: str) -> tuple[Tokenizer, EvaluationSet]:
+        """The tokenizer of a model of the study, and what is held out as it reads it."""
+        if name == 'teacher' and self.study.student.cross_tokenizer is not None:
+            return self.teacher_tokenizer, self._teacher_held_out
+        return self.tokenizer, self.held_out
+
+    @functools.cached_property
+    def _teacher_held_out(self) -> EvaluationSet:
+        return self._held_out(self.teacher_tokenizer)
+
+    def _held_out(self, tokenizer: Tokenizer) -> EvaluationSet:
         data = self.study.data
         return evaluation_rows(
-            self.split[1], self.tokenizer, data.seq_len, max_documents=data.held_out_documents
+            self.split[1], tokenizer, data.seq_len, max_documents=data.held_out_documents
         )
 
     @property
@@ -234,9 +275,10 @@ class Context:
         data = self.study.data
         return next(TrainPipeline(self.corpus, DataConfig(data.seq_len, count, self.study.seed)))
 
-    def identity(self, config: TransformerConfig) -> dict[str, Any]:
-        """What a checkpoint of a model must agree with to be used here."""
-        return {'model': model_identity(config), 'tokenizer': self.tokenizer.fingerprint}
+    def identity(self, config: TransformerConfig, *, teacher: bool = False) -> dict[str, Any]:
+        """What a checkpoint of a student, or of a teacher, must agree with to be used here."""
+        tokenizer = self.teacher_tokenizer if teacher else self.tokenizer
+        return {'model': model_identity(config), 'tokenizer': tokenizer.fingerprint}
 
 
 def _limited(documents: list[Document], max_bytes: int) -> list[Document]:
@@ -264,6 +306,13 @@ def require_room(ids: int, vocab_size: int, where: str) -> None:
             f'model; its largest is {ids - 1}. Tokens were added that the model was not made for: '
             'use the tokenizer that belongs to it.'
         )
+
+
+def _published(folder: str, vocab_size: int) -> PretrainedTokenizer:
+    """The tokenizer of a published model."""
+    tokenizer = PretrainedTokenizer(folder)
+    require_room(tokenizer.vocab_size, vocab_size, folder)
+    return tokenizer
 
 
 def _saved(tokenizer: Saved, folder: pathlib.Path) -> Saved:

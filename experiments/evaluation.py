@@ -47,13 +47,15 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
         for done, name in enumerate(models):
             line.update(done, tokens=tokens)
             evaluations[name] = _quality(context, models, name)
-            samples[name] = write_samples(context, *models[name])
+            samples[name] = write_samples(context, name, *models[name])
             tokens += int(evaluations[name].tokens.sum())
         line.update(len(models), tokens=tokens)
         line.say('student: routing')
         _save_routing(context, *models['student'])
         line.say('throughput')
-        speeds = measure_prefill(models, _prefill_tokens(context))
+        speeds = measure_prefill(
+            {name: (*model, _prefill_tokens(context, name)) for name, model in models.items()}
+        )
     rows: dict[str, dict[str, Any]] = {
         name: summarize(evaluation, seed=context.study.seed)
         | _by_bin(evaluation, context.study.seed)
@@ -63,7 +65,11 @@ def evaluate_models(context: Context, models: Models) -> dict[str, Any]:
     }
     return {
         'models': rows,
-        'comparison': compare(**evaluations, seed=context.study.seed) | _costs(rows),
+        'comparison': compare(
+            **{name: evaluations[name] for name in evaluations if _alike(context, name)},
+            seed=context.study.seed,
+        )
+        | _costs(rows),
         'experts': expert_statistics(evaluations['student']),
         'load': evaluations['student'].load.tolist(),
         'samples': samples,
@@ -84,15 +90,20 @@ def _costs(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     )
 
 
+def _alike(context: Context, name: str) -> bool:
+    """Whether a model reads the tokens that the student reads."""
+    return context.read_by(name)[1] is context.held_out
+
+
 def _quality(context: Context, models: Models, name: str) -> Evaluation:
-    """Evaluates one model; the teacher is compared with itself by nobody."""
+    """Evaluates one model, and compares it with a teacher that reads the same tokens."""
     model, variables = models[name]
-    others = {} if name == 'teacher' else models
+    others = {} if name == 'teacher' or not _alike(context, 'teacher') else models
     teacher, teacher_variables = others.get('teacher', (None, None))
     return evaluate(
         model,
         variables,
-        context.held_out,
+        context.read_by(name)[1],
         teacher=teacher,
         teacher_variables=teacher_variables,
         batch_size=context.study.evaluate.batch_size,
@@ -196,10 +207,10 @@ def _dollars(row: dict[str, Any]) -> float | None:
     return None if price is None else price['value']
 
 
-def _prefill_tokens(context: Context) -> jax.Array:
+def _prefill_tokens(context: Context, name: str) -> jax.Array:
     """Fills a batch with held-out text, end to end, and puts each row where the mesh has it."""
     config, length = context.study.evaluate, context.study.evaluate.context_length
-    rows = context.held_out.rows
+    rows = context.read_by(name)[1].rows
     text = rows['tokens'][rows['mask']]
     tokens = np.resize(text, (config.prefill_batch, length)).astype(np.int32)
     sharding = batch_sharding(context.mesh)

@@ -33,20 +33,28 @@ class Beginning:
     source: str | None = None
 
 
-def write_samples(context: Context, model: Transformer, variables: Any) -> list[dict[str, str]]:
+def write_samples(
+    context: Context, name: str, model: Transformer, variables: Any
+) -> list[dict[str, str]]:
     """Lets a model continue each prompt, and the beginnings of some held-out documents.
+
+    Args:
+        context: of the study.
+        name: of the model: 'teacher', 'student' or 'control'.
+        model: that writes.
+        variables: its own.
 
     Returns:
         For each its `prompt` and the `text` that was written; of held-out text also the `source`,
         as many tokens of its own continuation.
     """
-    config, tokenizer = context.study.evaluate, context.tokenizer
+    config, (tokenizer, held_out) = context.study.evaluate, context.read_by(name)
     beginnings = [
         Beginning(np.array([tokenizer.bos_id, *tokenizer.encode(text)]), text)
         for text in config.prompts
     ]
     beginnings += held_out_beginnings(
-        context.held_out, tokenizer, config.sample_documents, config.sample_tokens
+        held_out, tokenizer, config.sample_documents, config.sample_tokens
     )
     ids = [beginning.ids for beginning in beginnings]
     # Every device writes a row: where the mesh has more parts than there are prompts, they repeat.

@@ -14,6 +14,7 @@ from distill import distributed
 from distill.cache import CachedTargets
 from distill.checkpoint import read_metadata
 from distill.config import BalanceConfig, TrainConfig
+from distill.foreign_teacher import ForeignTeacher
 from distill.loop import Stopped
 from distill.objective import Objective
 from distill.optimizer import OptimizerConfig, make_optimizer
@@ -22,9 +23,11 @@ from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.projectors import projector_axes
 from distill.provenance import Provenance, require_permission
 from distill.rollout import Rollout
+from distill.spans import match_vocabularies
 from distill.step import Recipe
 from distill.target_stream import TargetStream
 from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher, Teacher
+from distill.token_bytes import token_bytes
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
 from experiments.examinee import Examinee
@@ -245,7 +248,7 @@ def exams(context: Context) -> dict[str, Any]:
         model, variables = _trained(context, name)
         examinee = Examinee(
             *unstacked(model, variables, context.mesh),
-            context.tokenizer,
+            context.read_by(name)[0],
             rows=config.rows,
             max_length=config.max_length,
         )
@@ -308,9 +311,8 @@ def load_teacher(
     trained = context.model(config.model)
     if config.checkpoint is not None:
         refuse_seen(folder, context.split[1], key='config.teacher.checkpoint')
-    variables = load_model(
-        folder / 'model', trained, context.mesh, context.identity(trained.config)
-    )
+    identity = context.identity(trained.config, teacher=True)
+    variables = load_model(folder / 'model', trained, context.mesh, identity)
     frozen = dataclasses.replace(config.model, dtype=config.dtype, param_dtype=config.dtype)
     model = context.model(frozen)
     cast = jax.jit(
@@ -338,6 +340,9 @@ def _online_teacher(context: Context) -> tuple[Teacher, Any]:
     if context.study.teacher.source == 'ema':
         return OnlineTeacher(context.model(context.study.student.model)), {}
     model, variables = load_teacher(context)
+    if context.study.student.cross_tokenizer is not None:
+        both = context.tokenizer, context.teacher_tokenizer
+        return ForeignTeacher(model, match_vocabularies(*both, *map(token_bytes, both))), variables
     online = OnlineTeacher(model)
     if context.study.more_teachers:
         return _panel(context, online, variables)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import ml_collections
 
+from distill.across import CrossTokenizer
 from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.cost import chip_price
 from distill.estimators import SampledEstimator, TopKEstimator
@@ -19,6 +20,7 @@ from distill.provenance import PUBLISHED, Provenance, require_permission
 from distill.schedules import Schedule, ever_positive
 from distill.tokenizer import ByteTokenizer
 from distill.writers import require_writers
+from experiments.across_checks import own_vocab_sizes, require_two_tokenizers
 from experiments.architectures import own_architecture, published_start, published_teacher
 from experiments.build import build
 from experiments.exam_config import ExamConfig
@@ -174,6 +176,8 @@ class StudentConfig:
     `rollout` tells which sequences a model writes while the student learns; None for none.
     `return_weight` weighs what a token does to those after it in what the student writes.
     `features` are what is matched inside of both, under names of one's own.
+    `cross_tokenizer` tells how it learns from a teacher with another tokenizer; None where it has
+    the same.
     """
 
     model: TransformerConfig
@@ -186,6 +190,7 @@ class StudentConfig:
     rollout: RolloutConfig | None = None
     return_weight: float = 0.0
     features: dict[str, Feature] | None = None
+    cross_tokenizer: CrossTokenizer | None = None
 
     def __post_init__(self) -> None:
         require_weight(self.model, self.objective())
@@ -213,12 +218,15 @@ class StudentConfig:
             self.mtp_weight,
             self.return_weight,
             tuple((self.features or {}).values()),
+            self.cross_tokenizer,
         )
 
     def require_taught(self) -> None:
         """Refuses terms that learn nothing from what a teacher says of the text."""
-        terms = [term for term in self.objective().terms if term.needs_teacher]
-        if not any(ever_positive(it.weight) for it in (*terms, *self.objective().features)):
+        objective = self.objective()
+        across = () if objective.across is None else (objective.across,)
+        taught = [term for term in objective.terms if term.needs_teacher]
+        if not any(ever_positive(it.weight) for it in (*taught, *objective.features, *across)):
             received = ', '.join(f'{t.name} (weight {t.weight})' for t in self.terms.values())
             raise InputError(
                 'terms must hold a divergence from the teacher whose weight is not always zero, or '
@@ -366,8 +374,15 @@ class StudyConfig:
         return self.targets.steps or self.student.train.steps
 
     @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """Whose tokenizer the student has: a source and a checkpoint, of teacher or start."""
+        across = self.student.cross_tokenizer is not None
+        whose = self.student.init if across else self.teacher
+        return whose.source, whose.checkpoint
+
+    @property
     def vocab_size(self) -> int:
-        """`V` of every model of the study."""
+        """`V` of the student, and of all where there is no `student.cross_tokenizer`."""
         return self.student.model.vocab_size
 
     def __post_init__(self) -> None:
@@ -384,6 +399,8 @@ class StudyConfig:
                 f'a divisor of data.batch_size={self.data.batch_size}',
                 train.micro_batches,
             )
+        if self.student.cross_tokenizer is not None:
+            require_two_tokenizers(self)
         if self.teacher.source == 'ema':
             self._require_own_average()
         require_together(
@@ -473,15 +490,15 @@ def build_study(config: ml_collections.ConfigDict) -> StudyConfig:
     for part in others:
         published_teacher(part)
     if isinstance(values.get('data'), dict):
-        vocab_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
-        if published is not None:
-            vocab_size = published.vocab_size
+        data_size = build(TextConfig, values['data'], 'config.data').model_vocab_size
+        vocab_size = data_size if published is None else published.vocab_size
         vocab_size = _remote_vocab_size(values) or vocab_size
+        sizes = own_vocab_sizes(values, data_size)
         parts = {who: values.get(who) for who in ('teacher', 'student')}
         if isinstance(more, dict):
             parts |= {f'more_teachers.{name}': part for name, part in more.items()}
         for who, part in parts.items():
-            _set_vocab_size(part, who, vocab_size)
+            _set_vocab_size(part, who, sizes.get(who, vocab_size))
     return build(StudyConfig, values, 'config')
 
 

@@ -146,11 +146,11 @@ def test_prefill_is_the_median_of_runs_in_turn_after_a_warm_up(
     tokens = jnp.ones((2, 6), jnp.int32)
     variables = Doubler().init(jax.random.key(0), tokens)
     other = jax.tree.map(lambda leaf: 5 * leaf, variables)
-    models = {'one': (Doubler(), variables), 'two': (Doubler(), other)}
-    assert measure_prefill(models, tokens, repeats=3) == {'one': 4.0, 'two': 3.0}
+    models = {'one': (Doubler(), variables, tokens), 'two': (Doubler(), other, tokens)}
+    assert measure_prefill(models, repeats=3) == {'one': 4.0, 'two': 3.0}
     assert waited == [1.0, 5.0] * 4
     with pytest.raises(InputError, match='repeats must be at least 1'):
-        measure_prefill(models, tokens, repeats=0)
+        measure_prefill(models, repeats=0)
 
 
 @pytest.mark.parametrize(
