@@ -255,7 +255,9 @@ def cross_tokenizer(method: str, **fields: float | str | dict) -> ml_collections
     scheduled = {key: value for key, value in fields.items() if isinstance(value, dict)}
     across = ml_collections.ConfigDict(
         dict(
-            method=method,  # 'uld' (sorted probabilities) or 'gold' (matched ids, the rest sorted)
+            # 'uld' (sorted probabilities), 'gold' (matched ids, the rest sorted) or 'dskd' (each
+            # model under the other's head, through learnt projectors).
+            method=method,
             weight=1.0,  # beside the terms, of which cross_entropy alone may stay
             temperature=1.0,  # of both sides
             divergence=config_dict.placeholder(str),  # of 'gold': 'jsd', 'forward_kl', 'reverse_kl'

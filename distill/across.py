@@ -13,7 +13,7 @@ from moe.validation import one_of, require
 if TYPE_CHECKING:
     from distill.objective import Objective
 
-Method = Literal['uld', 'gold']
+Method = Literal['uld', 'gold', 'dskd']
 # What 'gold' alone takes, and its defaults where they are not the loss's own.
 _HYBRID = ('divergence', 'beta', 'matched_weight', 'unmatched_weight')
 
@@ -23,9 +23,12 @@ class CrossTokenizer:
     """How a student is compared with a teacher that reads the text in tokens of its own.
 
     Attributes:
-        method: 'uld' (sorted probabilities of each span of equal bytes) or 'gold' (ids that stand
-            for the same bytes by a divergence, the rest sorted); see `distill.cross_tokenizer`.
-        weight: of the mean over spans, beside the terms; zero or more; a number or a `Schedule`.
+        method: 'uld' (sorted probabilities of each span of equal bytes), 'gold' (ids that stand
+            for the same bytes by a divergence, the rest sorted), see `distill.cross_tokenizer`; or
+            'dskd' (each model under the other's head, through learnt projectors), see
+            `distill.dual_space`.
+        weight: of the mean over spans, or over tokens with 'dskd', beside the terms; zero or more;
+            a number or a `Schedule`.
         temperature: divides the logits of both sides, positive.
         divergence: of 'gold' alone: 'forward_kl', 'reverse_kl' or 'jsd', the last if not given.
         beta: of 'jsd' alone; 0.5 if not given.

@@ -3,13 +3,16 @@
 import dataclasses
 from typing import Any
 
+import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from distill.across import CrossTokenizer
 from distill.cross_tokenizer import span_loss
+from distill.dual_space import Reader, dual_space_loss
 from distill.fused import Metrics
 from distill.objective import Objective
+from distill.projectors import PROJECTORS
 from distill.schedules import value_at
 from distill.spans import MatchedVocabulary, SpanAlignment
 from distill.teacher import OnlineTeacher, Teacher
@@ -82,54 +85,85 @@ def counterpart_of(batch: Batch) -> Counterpart:
     return batch.counterpart
 
 
-def count_spans(batch: Batch) -> Float[Array, '']:
-    """Counts the spans of a batch, at least 1: what their losses are averaged over."""
-    spans: Int[Array, 'B T'] = counterpart_of(batch).student_spans
-    return jnp.maximum(jnp.sum(spans.max(axis=1) + 1, dtype=jnp.float32), 1)
+@flax.struct.dataclass
+class SharedCounts:
+    """What a batch has in common with its counterpart, each at least 1.
+
+    Attributes:
+        spans: that both hold.
+        student: labels of the student within them.
+        teacher: labels of the teacher within them.
+    """
+
+    spans: Float[Array, '']
+    student: Float[Array, '']
+    teacher: Float[Array, '']
+
+    @classmethod
+    def of(cls, batch: Batch) -> 'SharedCounts':
+        """Counts them."""
+        its = counterpart_of(batch)
+        rows = its.student_spans.max(axis=1) + 1, its.student_spans >= 0, its.teacher_spans >= 0
+        return cls(*(jnp.maximum(jnp.sum(row, dtype=jnp.float32), 1) for row in rows))
 
 
 def foreign_loss(
     across: CrossTokenizer | None,
     teacher: ForeignTeacher,
-    hidden: Float[Array, 'B T D'],
-    head: Float[Array, 'D V'],
+    variables: Any,
     targets: HiddenTargets,
     batch: Batch,
     *,
-    spans: Float[Array, ''] | None,
+    student: tuple[Transformer, Any, Float[Array, 'B T D'], Float[Array, 'D V']],
+    shared: SharedCounts | None,
     step: Int[Array, ''] | int,
     chunk_size: int,
 ) -> tuple[Float[Array, ''], Metrics]:
-    """Computes `weight * (sum over spans of how far both sides lie apart) / spans`.
+    """Computes `weight` times the mean over spans, or tokens, of how far both sides lie apart.
 
     Args:
         across: how they are compared.
         teacher: who teaches.
-        hidden: the student's last hidden states.
-        head: its output head.
-        targets: what the teacher says of its own tokens.
+        variables: the teacher's.
+        targets: what it says of its own tokens.
         batch: the text, with its counterpart.
-        spans: of the whole batch, of which this may be a part: see `count_spans`.
+        student: the model, its parameters, its last hidden states and its output head.
+        shared: by the whole batch, of which this may be a part.
         step: of the weight's schedule.
-        chunk_size: spans whose measures exist at one time.
+        chunk_size: spans, or tokens, whose measures exist at one time.
 
     Returns:
-        The loss; and by name `(sum, count)` of it over spans, and of the counted tokens those that
-        are part of a span, 'aligned'.
+        The loss; by name `(sum, count)` of its parts, and of the counted tokens those that are part
+        of a span, 'aligned'.
     """
     assert across is not None
-    assert spans is not None
+    assert shared is not None
     its = counterpart_of(batch)
-    total, count = span_loss(
-        hidden,
-        head,
-        batch.labels,
-        targets,
-        its.labels,
-        SpanAlignment(its.student_spans, its.teacher_spans),
-        across.span_loss(teacher.vocabulary, chunk_size=chunk_size),
-    )
+    model, params, hidden, head = student
+    if across.method == 'dskd':
+        loss, metrics = dual_space_loss(
+            Reader(model.config, _embedding(params), hidden, head, batch, its.student_spans >= 0),
+            Reader(
+                *(teacher.model.config, _embedding(variables['params'])),
+                *(targets.hidden, targets.head, its, its.teacher_spans >= 0),
+            ),
+            params[PROJECTORS],
+            (shared.student, shared.teacher),
+            temperature=across.temperature,
+            chunk_size=chunk_size,
+            mesh=model.mesh,
+        )
+    else:
+        total, count = span_loss(
+            *(hidden, head, batch.labels, targets, its.labels),
+            SpanAlignment(its.student_spans, its.teacher_spans),
+            across.span_loss(teacher.vocabulary, chunk_size=chunk_size),
+        )
+        loss, metrics = total / shared.spans, {f'{across.method}_loss': (total, count)}
     aligned = jnp.sum(its.student_spans >= 0, dtype=jnp.float32)
     counted = jnp.sum(batch.mask, dtype=jnp.float32)
-    metrics = {f'{across.method}_loss': (total, count), 'aligned': (aligned, counted)}
-    return value_at(across.weight, step) * total / spans, metrics
+    return value_at(across.weight, step) * loss, metrics | {'aligned': (aligned, counted)}
+
+
+def _embedding(params: Any) -> Float[Array, 'V D']:
+    return params['embed']['embedding']

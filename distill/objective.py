@@ -157,6 +157,11 @@ class Objective:
         return extra or any(term.needs_teacher for term in self.terms)
 
     @property
+    def dual(self) -> bool:
+        """Whether student and teacher are mapped into each other's space."""
+        return self.across is not None and self.across.method == 'dskd'
+
+    @property
     def uses_mtp(self) -> bool:
         """Whether tokens further ahead count at any step."""
         return ever_positive(self.mtp_weight)

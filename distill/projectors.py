@@ -20,12 +20,18 @@ from moe.sharding import LogicalAxes, sharding_for
 Tree = Any
 
 PROJECTORS = 'projectors'
+# Of `distill.dual_space`: queries, the teacher into the student's space, the student into its.
+DUAL = ('dual_query', 'dual_teacher', 'dual_student')
 _AXES: LogicalAxes = ('layers', 'embed', None)
 _INIT = jax.nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', batch_axis=(0,))
 
 
 def projector_shapes(
-    features: Sequence[Feature], student: TransformerConfig, teacher: TransformerConfig
+    features: Sequence[Feature],
+    student: TransformerConfig,
+    teacher: TransformerConfig,
+    *,
+    dual: bool = False,
 ) -> Tree:
     """Returns what the parameters have beside those of the model: {} where nothing is projected.
 
@@ -33,17 +39,23 @@ def projector_shapes(
         features: of an objective, comparable: see `distill.feature_checks`.
         student: its config; projectors have the dtype of its parameters.
         teacher: its config.
+        dual: whether both models are mapped into each other's space, see `distill.dual_space`.
 
     Returns:
         `{PROJECTORS: {name: kernels [pairs, D student, D teacher]}}` as `jax.ShapeDtypeStruct`s, by
-        `distill.features.feature_names`.
+        `distill.features.feature_names`; and where `dual`, those of `DUAL`, of one pair.
     """
-    shapes = {}
+    shapes, dtype = {}, jnp.dtype(student.param_dtype)
+    if dual:
+        ours, theirs = student.embed_dim, teacher.embed_dim
+        sizes = (2 * ours, 2 * theirs), (theirs, ours), (ours, theirs)
+        for name, size in zip(DUAL, sizes, strict=True):
+            shapes[name] = jax.ShapeDtypeStruct((1, *size), dtype)
     for name, feature in zip(feature_names(features), features, strict=True):
         if feature.project:
             pairs = max(1, len(layer_pairs(feature, student, teacher)))
             shape = (pairs, student.embed_dim, teacher.embed_dim)
-            shapes[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(student.param_dtype))
+            shapes[name] = jax.ShapeDtypeStruct(shape, dtype)
     return {PROJECTORS: shapes} if shapes else {}
 
 
@@ -63,10 +75,11 @@ def without_projectors(params: Tree) -> Tree:
     return {name: subtree for name, subtree in params.items() if name != PROJECTORS}
 
 
-def projector_axes(features: Sequence[Feature]) -> Tree:
+def projector_axes(features: Sequence[Feature], *, dual: bool = False) -> Tree:
     """Returns the logical axes of the projectors, shaped like them."""
     named = zip(feature_names(features), features, strict=True)
     axes = {name: _AXES for name, feature in named if feature.project}
+    axes |= dict.fromkeys(DUAL, _AXES) if dual else {}
     return {PROJECTORS: axes} if axes else {}
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from distill.config import BalanceConfig, TrainConfig
 from distill.feature_match import Inside, features_loss, require_features
 from distill.features import activations_of
-from distill.foreign_teacher import ForeignTeacher, count_spans, foreign_loss, require_foreign
+from distill.foreign_teacher import ForeignTeacher, SharedCounts, foreign_loss, require_foreign
 from distill.mtp_loss import mtp_loss, require_weight
 from distill.objective import Objective
 from distill.panel import TeacherPanel, panel_loss, require_panel
@@ -112,10 +112,11 @@ class Recipe:
     @property
     def projectors(self) -> dict[str, Any]:
         """The shapes of what is trained beside the model, see `distill.projector_shapes`."""
-        if not self.objective.features:
+        if not (self.objective.features or self.objective.dual):
             return {}
         teacher: Any = self.teacher
-        return projector_shapes(self.objective.features, self.model.config, teacher.model.config)
+        both = self.model.config, teacher.model.config
+        return projector_shapes(self.objective.features, *both, dual=self.objective.dual)
 
     def _require_authors(self, rollout: Rollout) -> None:
         """Refuses writers that cannot write, and a teacher that cannot judge what is new."""
@@ -202,7 +203,8 @@ def make_train_step(
           + mtp_weight * (the same of the tokens further ahead, see `distill.mtp_loss`)
           + return_weight * (the surrogate of `distill.returns`, over the student's tokens)
           + (sum over features of weight * sum over tokens of what they lie apart) / R
-          + weight * (sum over spans that a teacher of another tokenizer shares) / (their number)
+          + weight * (sum over spans that a teacher of another tokenizer shares) / (their number),
+            or the loss of `distill.dual_space`
           + load_balance_weight * (sum over sequences and MoE layers of the load-balance loss) / R L
           + router_z_weight * (sum over tokens and MoE layers of the z-loss) / R L,
 
@@ -319,14 +321,14 @@ class _Whole:
         routed: tokens that are not padding, at least 1.
         load: assignments to each expert; None where no loss needs it.
         written: unmasked tokens by each writer; None where all is text.
-        spans: shared with a teacher of another tokenizer; None without one.
+        shared: with a teacher of another tokenizer; None without one.
     """
 
     tokens: Float[Array, '']
     routed: Float[Array, '']
     load: Float[Array, 'layers E'] | None
     written: Float[Array, 'writers'] | None
-    spans: Float[Array, ''] | None
+    shared: SharedCounts | None
 
 
 @flax.struct.dataclass
@@ -352,7 +354,7 @@ def _gradients(
         routed=jnp.maximum(jnp.sum(batch.segment_ids > 0, dtype=jnp.float32), 1),
         load=_whole_load(recipe, state, parts),
         written=None if batch.writers is None else tokens_by_writer(batch),
-        spans=count_spans(batch) if isinstance(recipe.teacher, ForeignTeacher) else None,
+        shared=SharedCounts.of(batch) if isinstance(recipe.teacher, ForeignTeacher) else None,
     )
 
     def share(params: Any, part: _Part) -> tuple[Array, tuple[_Totals, Any]]:
@@ -490,11 +492,11 @@ def _loss(
         apart, more = foreign_loss(
             recipe.objective.across,
             recipe.teacher,
-            output.hidden,
-            head,
+            teacher,
             targets,
             batch,
-            spans=whole.spans,
+            student=(model, params, output.hidden, head),
+            shared=whole.shared,
             step=state.step,
             chunk_size=recipe.train.chunk_size,
         )

@@ -61,6 +61,8 @@ def model_card(context: Context) -> str:
         f'{feature.weight} x {feature.kind} (feature)'
         for feature in (study.student.features or {}).values()
     ]
+    across = study.student.cross_tokenizer
+    recipe += [] if across is None else [f'{across.weight} x {across.method} (across tokenizers)']
     optimizer, train = study.student.optimizer, study.student.train
     tokens = train.steps * study.data.batch_size * study.data.seq_len
     return '\n'.join(

@@ -416,7 +416,7 @@ def _recipe(
     ema_decay: float | None = None,
 ) -> Recipe:
     built = context.model(model)
-    axes = logical_axes(built)['params'] | projector_axes(objective.features)
+    axes = logical_axes(built)['params'] | projector_axes(objective.features, dual=objective.dual)
     chain = make_optimizer(optimizer, train.steps, axes)
     seed, qk_clip = context.study.seed, optimizer.qk_clip
     return Recipe(

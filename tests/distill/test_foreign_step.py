@@ -17,6 +17,7 @@ from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.features import Feature
 from distill.foreign_teacher import ForeignTeacher
 from distill.objective import Objective, Term
+from distill.projectors import PROJECTORS, projector_axes, projector_shardings
 from distill.rollout import Rollout
 from distill.schedules import Schedule
 from distill.step import Recipe, initial_state, make_train_step
@@ -71,17 +72,21 @@ def make_recipe(mesh=None, micro_batches: int = 1, **changes) -> Recipe:
     return Recipe(**(own | changes))
 
 
+DUAL_SPACE = Objective(TERMS, across=CrossTokenizer('dskd', 2.0, 1.5))
+
+
 @functools.cache
-def run(micro_batches: int = 1, sizes: tuple[int, ...] = (1, 1, 1)):
+def run(micro_batches: int = 1, sizes: tuple[int, ...] = (1, 1, 1), **changes):
     """The state before and after one update, and what it measured."""
     mesh = mesh_of(sizes)
-    recipe = make_recipe(mesh, micro_batches)
+    recipe = make_recipe(mesh, micro_batches, **changes)
     state = initial_state(recipe, variables(STUDENT))
     teacher, batch = variables(TEACHER), make_batch()
     if mesh is not None:
         teacher = jax.device_put(teacher, variable_shardings(recipe.teacher.model, mesh))
         batch = jax.device_put(batch, batch_sharding(mesh))
         shardings = variable_shardings(recipe.model, mesh)['params']
+        shardings |= projector_shardings(recipe.projectors, mesh)
         state = dataclasses.replace(state, params=jax.device_put(state.params, shardings))
     return jax.device_get((state, *jax.jit(make_train_step(recipe))(state, teacher, batch)))
 
@@ -144,11 +149,35 @@ def test_the_update_is_the_gradient():
     np.testing.assert_allclose(slope, length, rtol=2e-2)
 
 
-def test_micro_batches_on_eight_devices_give_the_same_update():
-    (_, state, metrics), (_, wanted, expected) = run(2, (2, 2, 1, 2)), run()
+@pytest.mark.parametrize('objective', [Objective(TERMS, across=ACROSS), DUAL_SPACE])
+def test_micro_batches_on_eight_devices_give_the_same_update(objective: Objective):
+    (_, state, metrics), (_, wanted, expected) = (
+        run(*split, objective=objective) for split in ((2, (2, 2, 1, 2)), ())
+    )
     close = functools.partial(np.testing.assert_allclose, rtol=5e-4, atol=5e-6)
     jax.tree.map(close, state.params, wanted.params)
     jax.tree.map(close, metrics.pairs, expected.pairs)
+
+
+def test_maps_between_the_spaces_are_trained_beside_the_student():
+    before, after, metrics = run(objective=DUAL_SPACE)
+    maps = jax.tree.map(jnp.subtract, after.params[PROJECTORS], before.params[PROJECTORS])
+    assert {name: kernel.shape for name, kernel in maps.items()} == {
+        'dual_query': (1, 16, 24),
+        'dual_teacher': (1, 12, 8),
+        'dual_student': (1, 8, 12),
+    }
+    assert min(np.abs(kernel).max() for kernel in maps.values()) > 1e-4
+    assert set(projector_axes((), dual=True)[PROJECTORS]) == set(maps)
+    sums = {name: float(total) for name, (total, _) in metrics.pairs.items()}
+    spans = make_batch().counterpart
+    assert spans is not None
+    ours, theirs = ((side >= 0).sum() for side in (spans.student_spans, spans.teacher_spans))
+    parts = sums['dskd_projection'] / ours + sums['dskd_student_space'] / ours
+    parts += sums['dskd_teacher_space'] / theirs
+    cross_entropy = sums['cross_entropy'] / metrics.pairs['cross_entropy'][1]
+    np.testing.assert_allclose(sums['loss'], 0.5 * cross_entropy + 2.0 * parts, rtol=1e-4)
+    assert metrics.pairs['dskd_teacher_space'][1] == theirs
 
 
 ONLINE = OnlineTeacher(Transformer(dataclasses.replace(TEACHER, vocab_size=V)))
@@ -186,13 +215,14 @@ def test_what_compares_token_by_token_is_refused(changes: dict, message: str):
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        (dict(method='dtw'), "method must be one of 'uld', 'gold'"),
+        (dict(method='dtw'), "method must be one of 'uld', 'gold', 'dskd'"),
         (dict(method='uld', beta=0.3), 'uld takes no beta; received 0.3'),
         (dict(method='gold', divergence='jeffreys'), "received 'jeffreys'"),
         (dict(method='gold', divergence='forward_kl', beta=0.1), 'forward_kl takes no beta'),
         (dict(method='gold', beta=1.5), 'beta of jsd must be'),
         (dict(method='gold', matched_weight=-1.0), 'matched_weight must be zero or more'),
         (dict(method='uld', weight=Schedule('linear', 1.0, -1.0, 5)), 'weight must be zero'),
+        (dict(method='dskd', divergence='jsd'), "dskd takes no divergence; received 'jsd'"),
         (dict(method='uld', temperature=0.0), 'temperature must be positive'),
         (dict(method='uld', teacher_seq_len=1), 'teacher_seq_len must be at least 2'),
     ],

@@ -12,6 +12,7 @@ from launching import Launcher, metric_rows
 
 from configs import base
 from distill.across import CrossTokenizer
+from distill.checkpoint import read_metadata
 from distill.config import RolloutConfig
 from distill.objective import Term
 from experiments.build import build
@@ -34,7 +35,7 @@ def get_config():
     config.student.balance.selection_bias_rate = 0.0
     config.student.train.steps = 6
     config.student.terms = dict(ce=base.term('cross_entropy', weight=0.1))
-    config.student.cross_tokenizer = base.cross_tokenizer('gold', weight=2.0, beta=0.3)
+    config.student.cross_tokenizer = base.cross_tokenizer('gold', weight=2.0)
     return config
 """
 
@@ -65,6 +66,15 @@ def test_from_config_to_report(launcher: Launcher, tmp_path: pathlib.Path):
     assert 'kl_from_teacher' not in models['student']
     assert set(summary['comparison']) >= {'control_minus_student_bits_per_byte'}
     assert 'retained_accuracy' not in summary['comparison']
+
+    dual = [f'--workdir={tmp_path / "dual"}', '--config.student.cross_tokenizer.method=dskd']
+    finished = launcher.run(*flags, *dual, '--stages=teacher,student', devices=2)
+    assert finished.status == 0, finished.output
+    rows = metric_rows(tmp_path / 'dual', 'student')
+    assert rows[-1]['dskd_projection'] < rows[0]['dskd_projection']
+    # The maps between the spaces are not part of what is saved.
+    saved = read_metadata(tmp_path / 'dual' / 'student' / 'model').arrays
+    assert set(saved) == set(read_metadata(workdir / 'student' / 'model').arrays)
 
     finished = launcher.run(*flags, '--config.targets.kind=top_k', devices=2)
     assert finished.status == 2, finished.output
