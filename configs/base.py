@@ -345,12 +345,12 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.more_teachers = _mapping()  # `further_teachers()`
     config.targets = dict(
-        kind='hidden',  # all of the teacher; or 'top_k', 'sampled', 'text'
+        kind='hidden',  # all of the teacher; or 'top_k', 'sampled', 'truncated', 'text'
         cached=False,  # written once by a stage, rather than made beside the student
         path=config_dict.placeholder(str),  # another study's folder of targets
         steps=config_dict.placeholder(int),  # batches written; None for those of the student
         temperature=1.0,  # of the teacher; that of the student's terms
-        k=64,  # ids of 'top_k'
+        k=64,  # ids of 'top_k' and 'truncated'
         draws=config_dict.placeholder(int),  # of 'sampled'; None finds it from `distinct`
         distinct=12.0,  # ids of a token, on average
         proposal_temperature=1.0,  # of the draws, which are weighed where it is not 1

@@ -34,7 +34,7 @@ from distill.divergences import (
     total_variation,
     total_variation_per_token,
 )
-from distill.estimators import SampledEstimator, TopKEstimator
+from distill.estimators import SampledEstimator, TopKEstimator, TruncatedEstimator
 from distill.feature_losses import (
     attention_match_loss,
     hidden_match_loss,
@@ -93,6 +93,7 @@ __all__ = [
     'TeacherPanel',
     'Term',
     'TopKEstimator',
+    'TruncatedEstimator',
     'TopKTargets',
     'TrainState',
     'adaptive_kl',

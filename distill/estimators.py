@@ -66,6 +66,35 @@ class TopKEstimator:
 
 
 @dataclasses.dataclass(frozen=True)
+class TruncatedEstimator:
+    """The `k` likeliest ids alone, their probabilities scaled up to a sum of 1.
+
+    Biased: the student is asked for more mass on those ids than the teacher gives them, and for
+    none on the others. It is here to be compared with; `TopKEstimator` keeps the tail instead.
+
+    Attributes:
+        k: ids, `Vk`; at most `V`.
+        temperature: divides the teacher's logits.
+
+    Source: the bias is that of arXiv 2503.16870, section 3.
+    """
+
+    k: int = 64
+    temperature: float = 1.0
+
+    def estimate(
+        self, teacher: HiddenTargets, batch: Batch, *, chunk_size: int = CHUNK_SIZE
+    ) -> TopKTargets:
+        """Takes the likeliest ids, see `TopKEstimator.estimate`; the log of their tail is -inf."""
+        whole = TopKEstimator(self.k, self.temperature)
+        top = whole.estimate(teacher, batch, chunk_size=chunk_size)
+        return top.replace(  # type: ignore
+            log_probs=jax.nn.log_softmax(top.log_probs),
+            tail_log_prob=jnp.full_like(top.tail_log_prob, -jnp.inf),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class SampledEstimator:
     """Independent draws from each token's distribution: unbiased for the forward KL's gradient.
 

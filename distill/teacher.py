@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import jax
 
-from distill.estimators import Estimator
+from distill.estimators import Estimator, TruncatedEstimator
 from distill.types import Batch, HiddenTargets, SampledTargets, TopKTargets
 from moe.activations import Activation
 from moe.errors import InputError
@@ -76,7 +76,7 @@ class EstimatedTeacher:
     """
 
     teacher: OnlineTeacher
-    estimator: Estimator
+    estimator: Estimator | TruncatedEstimator
 
     @property
     def model(self) -> Transformer:

@@ -241,26 +241,34 @@ def _require_causal(model: TransformerConfig) -> None:
         require_causal(model.moe.router, 'A study, which compares models that read left to right,')
 
 
+_NEVER_CACHED = {
+    'hidden': "it is larger than the teacher's work",
+    'truncated': "'top_k' keeps what it leaves out",
+    'text': 'it is the data',
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class TargetsConfig:
     """What the student is given of its teacher.
 
     Attributes:
         kind: 'hidden' (everything), 'top_k' (the likeliest ids and the mass of the rest),
-            'sampled' (ids drawn from the teacher) or 'text' (what it wrote, which is the data).
+            'sampled' (ids drawn from the teacher), 'truncated' (the likeliest ids as if they were
+            all: biased, to be compared with) or 'text' (what it wrote, which is the data).
         cached: whether a stage writes targets for any number of students, that then need no
             teacher; else it runs beside the student. Not of kind 'hidden'.
         path: another study's folder of targets, to read them rather than write them.
         steps: batches of training whose targets are written; None for the student's own steps.
         temperature: divides the teacher's logits; that of the terms it is used in. Of 'hidden', 1.
-        k: ids of 'top_k'.
+        k: ids of 'top_k' and 'truncated'.
         draws: of 'sampled', of each token; None finds the number that gives `distinct` ids.
         distinct: ids of a token, on average over the first batch.
         proposal_temperature: divides the logits once more to draw; draws are then weighed.
         rows_per_shard: rows of a file; as many are lost at most when a writer is killed.
     """
 
-    kind: Literal['hidden', 'top_k', 'sampled', 'text']
+    kind: Literal['hidden', 'top_k', 'sampled', 'truncated', 'text']
     cached: bool
     path: str | None
     steps: int | None
@@ -272,11 +280,10 @@ class TargetsConfig:
     rows_per_shard: int
 
     def __post_init__(self) -> None:
-        if self.cached and self.kind in ('hidden', 'text'):
-            why = {'hidden': "it is larger than the teacher's work", 'text': 'it is the data'}
+        if self.cached and self.kind in _NEVER_CACHED:
             raise InputError(
                 "targets.kind must be 'top_k' or 'sampled' where targets.cached=True; received "
-                f'{self.kind!r}, which is not written: {why[self.kind]}. Choose one, or set '
+                f'{self.kind!r}, which is not written: {_NEVER_CACHED[self.kind]}. Choose one, or set '
                 'cached=False.'
             )
         if not self.cached and (self.path is not None or self.steps is not None):
@@ -439,9 +446,9 @@ class StudyConfig:
         self.student.require_taught()
         require_sound(
             self.student.objective().terms,
-            targets.kind,
+            'top_k' if targets.kind == 'truncated' else targets.kind,
             temperature=targets.temperature,
-            kept=targets.k if targets.kind == 'top_k' else self.vocab_size,
+            kept=targets.k if targets.kind in ('top_k', 'truncated') else self.vocab_size,
         )
 
     def _require_features(self) -> None:

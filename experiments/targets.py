@@ -17,7 +17,13 @@ from distill.cache import (
     make_manifest,
     read_manifest,
 )
-from distill.estimators import Estimator, SampledEstimator, TopKEstimator, draws_for
+from distill.estimators import (
+    Estimator,
+    SampledEstimator,
+    TopKEstimator,
+    TruncatedEstimator,
+    draws_for,
+)
 from distill.loop import Stopped
 from distill.provenance import require_permission
 from distill.teacher import EstimatedTeacher, OnlineTeacher
@@ -101,8 +107,13 @@ def write_targets(
     return {'steps': steps, 'rows': rows, 'tokens': rows * context.study.data.seq_len}
 
 
-def online_estimator(context: Context, model: Transformer, variables: Any) -> Estimator:
+def online_estimator(
+    context: Context, model: Transformer, variables: Any
+) -> Estimator | TruncatedEstimator:
     """The estimator that would be cached, for a teacher that runs beside the student."""
+    config = context.study.targets
+    if config.kind == 'truncated':
+        return TruncatedEstimator(config.k, config.temperature)
     return _estimator(context, model, variables, None)
 
 

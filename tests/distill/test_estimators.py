@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import distill
 from distill.distributed import global_batch
 from distill.draws import draw_sorted, run_lengths
-from distill.estimators import SampledEstimator, TopKEstimator, draws_for
+from distill.estimators import SampledEstimator, TopKEstimator, TruncatedEstimator, draws_for
 from distill.types import Batch, HiddenTargets
 from moe.errors import InputError
 from moe.sharding import MeshConfig, batch_sharding, make_mesh
@@ -62,6 +63,33 @@ def test_a_tiny_tail_keeps_its_digits():
     np.testing.assert_allclose(
         found.tail_log_prob, np.log(2) - 40 - np.log1p(np.exp(-1)), rtol=1e-6
     )
+
+
+def test_truncated_is_the_top_scaled_up_to_one_with_no_tail():
+    # Probabilities 1/2, 1/4, 1/8, 1/8: the first two are 2/3 and 1/3 of their sum.
+    head = -jnp.log(2.0) * jnp.array([[3.0, 1.0, 3.0, 2.0]])
+    found = TruncatedEstimator(2).estimate(HiddenTargets(jnp.ones((1, 1, 1)), head), rows())
+    np.testing.assert_array_equal(found.ids, [[[1, 3]]])
+    np.testing.assert_allclose(np.exp(found.log_probs), [[[2 / 3, 1 / 3]]], rtol=1e-6)
+    np.testing.assert_array_equal(found.tail_log_prob, [[-np.inf]])
+
+
+def test_a_truncated_target_asks_for_nothing_outside_of_it():
+    log_probs = reference(teacher())
+    found = estimated(TruncatedEstimator(3), teacher(), rows())
+    order = np.argsort(-log_probs, axis=-1)[..., :3]
+    kept = np.exp(np.take_along_axis(log_probs, order, -1))
+    kept /= kept.sum(-1, keepdims=True)
+    student = np.random.default_rng(5).normal(size=log_probs.shape)
+    p = np.exp(student) / np.exp(student).sum(-1, keepdims=True)
+    q = np.zeros_like(p)
+    np.put_along_axis(q, order, kept, -1)
+
+    gradient = jax.grad(lambda logits: distill.forward_kl_per_token(logits, found).sum())(
+        jnp.asarray(student, jnp.float32)
+    )
+    # Of a forward KL: the student's probabilities less the target's.
+    np.testing.assert_allclose(gradient, p - q, atol=1e-5)
 
 
 def test_ties_and_the_whole_vocabulary():

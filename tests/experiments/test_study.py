@@ -78,6 +78,16 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
             'k=260 ids, and hidden targets must have at least as many; received 259',
         ),
         ({'targets__kind': 'hidden', 'targets__cached': True}, "must be 'top_k' or 'sampled'"),
+        ({'targets__kind': 'truncated', 'targets__cached': True}, "'top_k' keeps what it leaves"),
+        (
+            {
+                'targets__kind': 'truncated',
+                'targets__k': 8,
+                'student__terms__kl__name': 'hinge',
+                'student__terms__kl__k': 9,
+            },
+            'k=9 ids',
+        ),
         ({'student__rollout': dict(lmbda=1.5)}, 'In config.student.rollout: rollout.lmbda must be'),
         ({'student__rollout': dict(lambda_=0.5)}, "config.student.rollout has no key 'lambda_'"),
         ({'student__rollout': dict(max_new_tokens=16)}, 'must be below data.seq_len=16'),

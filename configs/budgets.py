@@ -1,0 +1,23 @@
+"""Distillation against training on text alone, for a budget of steps: three seeds.
+
+    for steps in 50 200 800; do
+        python -m experiments.sweep --config=configs/budgets.py:$steps --workdir=runs/budget_$steps
+    done
+
+The figure to look at is each variant's own `control`: the same student without the teacher.
+"""
+
+import ml_collections
+
+from configs import base, small
+
+
+def get_config(steps: str = '200') -> ml_collections.ConfigDict:
+    """Both variants see the same batches and the same teacher; one learns from the text too."""
+    text = dict(text=base.term('cross_entropy', weight=0.5))
+    half = dict(loss=base.term('forward_kl', weight=0.5))
+    config = small.sweep(
+        'teacher', dict(teacher={}, both=dict(student=dict(terms=half | text)))
+    )
+    config.study.student.train.update(steps=int(steps), checkpoint_every=int(steps))
+    return config

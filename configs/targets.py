@@ -1,0 +1,22 @@
+"""All of a teacher against what may be kept of it, at equal tokens: three seeds.
+
+    python -m experiments.sweep --config=configs/targets.py --workdir=runs/targets
+"""
+
+import ml_collections
+
+from configs import small
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """All variants see the same batches, teacher and loss, and differ in what they see of it.
+
+    Those that keep part of it keep about as much: 12 ids a token.
+    """
+    variants = dict(
+        hidden=dict(targets=dict(kind='hidden')),
+        sampled=dict(targets=dict(kind='sampled', distinct=12.0)),
+        top_k=dict(targets=dict(kind='top_k', k=12)),
+        truncated=dict(targets=dict(kind='truncated', k=12)),
+    )
+    return small.sweep('hidden', variants)
