@@ -1,9 +1,13 @@
-"""What a compiled program's text says: the arrays it holds."""
+"""What a compiled program's text says: the arrays it holds, and what runs under an exchange."""
 
 import math
 import re
+from typing import NamedTuple
 
 _ARRAY = re.compile(r'\b(?:pred|[subf]\d+|bf16|f8\w+)\[([\d,]+)\]')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%(\S+) = (.*)$', re.MULTILINE)
+_EXCHANGE = re.compile(r' ragged-all-to-all(-start|-done)?\(%([^\s,)]+)')
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 def array_sizes(text: str) -> dict[tuple[int, ...], int]:
@@ -41,3 +45,44 @@ def check_not_expanded(text: str, *, most: int, what: str) -> None:
             f'{what} was compiled to dense products: no array should have more than {most} '
             f'elements, and it has {larger}.'
         )
+
+
+class Exchange(NamedTuple):
+    """One exchange of rows, as a program for TPUs is scheduled.
+
+    Attributes:
+        elements: of the buffer that it fills.
+        kernels: that run between its start and its end; none where the program waits for it.
+    """
+
+    elements: int
+    kernels: int
+
+
+def exchanges(text: str) -> list[Exchange]:
+    """Reads every ragged exchange of a scheduled program, in the order in which they end.
+
+    Args:
+        text: of the compiled program, whose entry lists instructions as they are issued.
+
+    Raises:
+        ValueError: where there is no entry.
+    """
+    if '\nENTRY ' not in text:
+        raise ValueError('The text of a compiled program must have an ENTRY; received none.')
+    entry = text.split('\nENTRY ', 1)[1]
+    found, started, kernels = [], {}, 0
+    for name, body in _INSTRUCTION.findall(entry):
+        kernels += _KERNEL in body
+        exchange = _EXCHANGE.search(body)
+        if exchange is None:
+            continue
+        stage, first_operand = exchange.groups()
+        if stage == '-start':
+            started[name] = kernels
+            continue
+        (shape,) = _ARRAY.findall(body[: exchange.start()])
+        size = math.prod(int(n) for n in shape.split(','))
+        since = started.get(first_operand, kernels)
+        found.append(Exchange(size, kernels - since))
+    return found

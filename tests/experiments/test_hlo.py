@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.hlo import array_sizes, check_not_expanded
+from experiments.hlo import Exchange, array_sizes, check_not_expanded, exchanges
 
 TEXT = """
 ENTRY %main (x: f32[4,6]) -> bf16[2,3] {
@@ -34,3 +34,27 @@ def test_finds_what_ragged_dot_becomes_on_this_cpu() -> None:
     text = jax.jit(jax.lax.ragged_dot).lower(rows, matrices, sizes).compile().as_text()
     with pytest.raises(RuntimeError, match='dense products'):
         check_not_expanded(text, most=max(rows.size, matrices.size), what='ragged_dot')
+
+
+SCHEDULE = """
+%branch (p: f32[9]) -> f32[9] {
+  %hidden = f32[9]{0} ragged-all-to-all(%p, %p)
+}
+
+ENTRY %main.1 (x: bf16[4,2]) -> bf16[4,2] {
+  %start.1 = ((bf16[4,2]{1,0}, bf16[5,2]{1,0}), bf16[5,2]{1,0}) ragged-all-to-all-start(%x, %e, %s)
+  %start = ((bf16[4,3]{1,0}, bf16[5,3]{1,0}), bf16[5,3]{1,0}) ragged-all-to-all-start(%w, %e, %s)
+  %done = bf16[5,3]{1,0:T(8,128)(2,1)} ragged-all-to-all-done(%start), metadata={}
+  %y = bf16[5,2]{1,0} custom-call(%z, %v), custom_call_target="tpu_custom_call", backend_config={}
+  %c = s32[5]{0} custom-call(%z), custom_call_target="AllocateBuffer"
+  %v = bf16[5,2]{1,0} custom-call(%y, %v), custom_call_target="tpu_custom_call"
+  %done.1 = bf16[5,2]{1,0:T(8,128)(2,1)} ragged-all-to-all-done(%start.1), metadata={}
+  ROOT %out = bf16[4,7]{1,0} ragged-all-to-all(%v, %e, %s)
+}
+"""
+
+
+def test_kernels_are_counted_between_an_exchange_s_start_and_its_end() -> None:
+    assert exchanges(SCHEDULE) == [Exchange(15, 0), Exchange(10, 2), Exchange(28, 0)]
+    with pytest.raises(ValueError, match='must have an ENTRY'):
+        exchanges('no program')
