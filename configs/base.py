@@ -88,6 +88,7 @@ def experts() -> ml_collections.ConfigDict:
                 float
             ),  # of a shard's balanced load; None: worst
             exchange_chunks=1,  # parts whose exchanges and products may overlap
+            storage='fused',  # in memory; or 'per_expert', each by itself
             bias=False,  # of the experts' projections
             first_dense_layers=0,
             layer_step=1,

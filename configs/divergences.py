@@ -1,6 +1,6 @@
 """Five divergences from the same teacher, at equal tokens: three seeds.
 
-    python -m experiments.sweep --config=configs/divergences.py --workdir=runs/divergences
+python -m experiments.sweep --config=configs/divergences.py --workdir=runs/divergences
 """
 
 import ml_collections

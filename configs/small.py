@@ -1,6 +1,6 @@
 """A small dense teacher and a dense student of half its width: what the studies of losses share.
 
-    python -m experiments.launch --config=configs/small.py --workdir=runs/small
+python -m experiments.launch --config=configs/small.py --workdir=runs/small
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """All of a teacher against what may be kept of it, at equal tokens: three seeds.
 
-    python -m experiments.sweep --config=configs/targets.py --workdir=runs/targets
+python -m experiments.sweep --config=configs/targets.py --workdir=runs/targets
 """
 
 import ml_collections

@@ -283,8 +283,8 @@ class TargetsConfig:
         if self.cached and self.kind in _NEVER_CACHED:
             raise InputError(
                 "targets.kind must be 'top_k' or 'sampled' where targets.cached=True; received "
-                f'{self.kind!r}, which is not written: {_NEVER_CACHED[self.kind]}. Choose one, or set '
-                'cached=False.'
+                f'{self.kind!r}, which is not written: {_NEVER_CACHED[self.kind]}. Choose one, '
+                'or set cached=False.'
             )
         if not self.cached and (self.path is not None or self.steps is not None):
             raise InputError(

@@ -18,6 +18,7 @@ from moe.validation import require
 
 Dispatch = Literal['dense', 'capacity', 'grouped']
 Activation = Literal['silu', 'gelu', 'clamped_swiglu']
+Storage = Literal['fused', 'per_expert']
 Remat = Literal['none', 'dots', 'full']
 DType = Literal['float32', 'bfloat16', 'float16']
 
@@ -58,6 +59,11 @@ class MoEConfig:
             None for the worst load, `min(shards, E / K)`, which drops nothing.
         exchange_chunks: parts in which 'grouped' and 'capacity' exchange tokens on such a mesh, so
             that the exchange of one can run under the products of another.
+        storage: of the routed experts' parameters. 'fused' keeps all experts in one array, split
+            over a mesh's `expert` axis; 'per_expert' keeps each one's gate, up and down matrix by
+            itself, as published checkpoints do: each can be frozen, replaced or looked at alone,
+            for a copy of all of them in every step. The same is computed from either; see
+            `moe.split_experts` and `moe.stack_experts`.
         bias: whether each routed expert adds a bias after its gate, up and down projections.
         first_dense_layers: layers below this index keep a dense MLP.
         layer_step: of the rest, layer i has experts where (i + 1) % layer_step == 0.
@@ -71,6 +77,7 @@ class MoEConfig:
     capacity_factor: float = 1.25
     exchange_factor: float | None = None
     exchange_chunks: int = 1
+    storage: Storage = 'fused'
     bias: bool = False
     first_dense_layers: int = 0
     layer_step: int = 1
@@ -85,6 +92,7 @@ class MoEConfig:
         valid = factor is None or factor > 0
         require(valid, 'moe.exchange_factor', 'positive, or None for the worst load', factor)
         _positive('moe.exchange_chunks', self.exchange_chunks)
+        _one_of('moe.storage', self.storage, Storage)
         require(
             self.first_dense_layers >= 0,
             'moe.first_dense_layers',

@@ -1,5 +1,7 @@
 """The mixture-of-experts layer: router, routed experts and an optional shared one."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import Activation, DType, MoEConfig
 from moe.dispatch import ExpertBiases, dispatch
+from moe.errors import InputError
 from moe.expert_parallel import expert_parallel_dispatch
+from moe.expert_weights import stack_experts
 from moe.layers import GatedMLP, kernel_init, partitioned
 from moe.routing import RouterConfig, expert_load, route, weigh
 from moe.soft_moe import soft_dispatch
@@ -51,6 +55,43 @@ class Router(nn.Module):
         return logits, bias
 
 
+class Expert(nn.Module):
+    """The parameters of one routed expert: `gate` and `up` [D, F] and `down` [F, D].
+
+    Where configured also `gate_bias` and `up_bias` [F] and `down_bias` [D].
+
+    Attributes:
+        hidden_dim: `F`.
+        bias: whether each projection adds one.
+        param_dtype: of what is stored.
+    """
+
+    hidden_dim: int
+    bias: bool
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, dim: int) -> Mapping[str, Array]:
+        """Returns the parameters of an expert for inputs of width `D`."""
+        into, out = ('embed', 'mlp'), ('mlp', 'embed')
+        shapes = {
+            'gate': ((dim, self.hidden_dim), into),
+            'up': ((dim, self.hidden_dim), into),
+            'down': ((self.hidden_dim, dim), out),
+        }
+        inits = dict.fromkeys(shapes, kernel_init(0, 1))
+        if self.bias:
+            biases = {
+                f'{name}_bias': (shape[1:], axes[1:]) for name, (shape, axes) in shapes.items()
+            }
+            inits |= dict.fromkeys(biases, nn.initializers.zeros_init())
+            shapes |= biases
+        return {
+            name: self.param(name, partitioned(inits[name], axes), shape, self.param_dtype)
+            for name, (shape, axes) in shapes.items()
+        }
+
+
 class MoELayer(nn.Module):
     """Replaces a gated MLP by `E` routed experts of which each token passes `K`.
 
@@ -58,7 +99,8 @@ class MoELayer(nn.Module):
     those of the shared expert under `shared`; where configured, `router/bias` [E], `gate_up_bias`
     [E, 2, F] and `down_bias` [E, D]. A soft router's kernel and bias end with an axis of slots.
     Where the router has a selection bias, the collection `routing` holds it as
-    `router/selection_bias` [E], float32.
+    `router/selection_bias` [E], float32. With `storage='per_expert'`, `expert_0` and so on hold
+    what `moe.split_experts` returns in place of the arrays of all experts.
 
     Attributes:
         config: router, widths and dispatch.
@@ -160,32 +202,57 @@ class MoELayer(nn.Module):
         return y, RouterOutput(logits, ids, weights, load, dropped)
 
     def _expert_weights(self, dim: int) -> tuple[Array, Array, ExpertBiases | None]:
-        experts, hidden = self.config.router.num_experts, self.config.expert_dim
-        gate_up = self.param(
-            'gate_up',
-            partitioned(kernel_init(1, (2, 3), (0,)), ('experts', 'embed', None, 'mlp')),
-            (experts, dim, 2, hidden),
-            self.param_dtype,
-        )
-        down = self.param(
-            'down',
-            partitioned(kernel_init(1, 2, (0,)), ('experts', 'mlp', 'embed')),
-            (experts, hidden, dim),
-            self.param_dtype,
-        )
-        biases = self._expert_biases(dim) if self.config.bias else None
-        return gate_up.astype(self.dtype), down.astype(self.dtype), biases
+        fused = self.config.storage == 'fused'
+        params = self._fused_params(dim) if fused else self._separate_params(dim)
+        params = {name: value.astype(self.dtype) for name, value in params.items()}
+        biases = None
+        if self.config.bias:
+            biases = ExpertBiases(params['gate_up_bias'], params['down_bias'])
+        return params['gate_up'], params['down'], biases
 
-    def _expert_biases(self, dim: int) -> ExpertBiases:
+    def _fused_params(self, dim: int) -> dict[str, Array]:
         experts, hidden = self.config.router.num_experts, self.config.expert_dim
-        zeros = nn.initializers.zeros_init()
-        gate_up = self.param(
-            'gate_up_bias',
-            partitioned(zeros, ('experts', None, 'mlp')),
-            (experts, 2, hidden),
-            self.param_dtype,
+        params = {
+            'gate_up': self.param(
+                'gate_up',
+                partitioned(kernel_init(1, (2, 3), (0,)), ('experts', 'embed', None, 'mlp')),
+                (experts, dim, 2, hidden),
+                self.param_dtype,
+            ),
+            'down': self.param(
+                'down',
+                partitioned(kernel_init(1, 2, (0,)), ('experts', 'mlp', 'embed')),
+                (experts, hidden, dim),
+                self.param_dtype,
+            ),
+        }
+        if self.config.bias:
+            zeros = nn.initializers.zeros_init()
+            params['gate_up_bias'] = self.param(
+                'gate_up_bias',
+                partitioned(zeros, ('experts', None, 'mlp')),
+                (experts, 2, hidden),
+                self.param_dtype,
+            )
+            params['down_bias'] = self.param(
+                'down_bias',
+                partitioned(zeros, ('experts', 'embed')),
+                (experts, dim),
+                self.param_dtype,
+            )
+        return params
+
+    def _separate_params(self, dim: int) -> dict[str, Array]:
+        if self.mesh is not None and self.mesh.shape['expert'] > 1:
+            raise InputError(
+                "moe.storage='per_expert' keeps every expert on every shard, and needs a mesh with "
+                f"expert=1; received expert={self.mesh.shape['expert']}. Set moe.storage='fused', "
+                'whose experts are split over it, or split their widths: fsdp and tensor.'
+            )
+        config = self.config
+        return stack_experts(
+            [
+                Expert(config.expert_dim, config.bias, self.param_dtype, name=f'expert_{e}')(dim)
+                for e in range(config.router.num_experts)
+            ]
         )
-        down = self.param(
-            'down_bias', partitioned(zeros, ('experts', 'embed')), (experts, dim), self.param_dtype
-        )
-        return ExpertBiases(gate_up.astype(self.dtype), down.astype(self.dtype))

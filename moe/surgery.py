@@ -175,6 +175,12 @@ def require_reachable(
         raise InputError(
             f'{method!r} takes the options {list(known) or "none"}; received {", ".join(unknown)}.'
         )
+    for whose, config in (('source', source), ('target', target)):
+        if config.moe is not None and config.moe.storage != 'fused':
+            raise InputError(
+                f"{method!r} needs moe.storage='fused'; that of the {whose} is "
+                f'{config.moe.storage!r}. moe.stack_experts puts the experts of a layer together.'
+            )
     for name, x, y in differing_fields(source, target):
         if _is_among(name, (*METHODS[method].frees, *EXECUTION, *MODULES)):
             continue

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from moe.config import MoEConfig, RouterConfig
+from moe.errors import InputError
+from moe.expert_weights import split_experts, stack_experts
 from moe.experts import MoELayer
+from moe.sharding import MeshConfig, make_mesh
 
 B, T, D, E, K, F = 2, 5, 6, 4, 2, 3
 CONFIG = MoEConfig(RouterConfig(E, K, selection_bias=True), expert_dim=F, shared_dim=5)
@@ -192,3 +195,50 @@ def test_soft_layer_has_slots_and_passes_every_expert():
     np.testing.assert_allclose(output.load.sum(), MASK.sum(), rtol=1e-5)
     assert np.all(np.asarray(y)[~MASK] == 0)
     assert np.abs(np.asarray(y)[MASK]).max() > 1e-3
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_experts_stored_one_by_one_compute_what_fused_ones_do(bias):
+    config = MoEConfig(RouterConfig(E, K), expert_dim=F, bias=bias)
+    fused = MoELayer(config, 'silu')
+    separate = MoELayer(dataclasses.replace(config, storage='per_expert'), 'silu')
+    x, mask = tokens(), jnp.array(MASK)
+    params = nn.unbox(fused.init(jax.random.key(0), x, mask))['params']
+    if bias:
+        params['gate_up_bias'] = jax.random.normal(jax.random.key(2), (E, 2, F))
+        params['down_bias'] = jax.random.normal(jax.random.key(3), (E, D))
+    experts = split_experts(params)
+    apart = {f'expert_{e}': expert for e, expert in enumerate(experts)}
+    apart['router'] = params['router']
+    boxed = separate.init(jax.random.key(0), x, mask)['params']
+    assert jax.tree.map(jnp.shape, nn.unbox(boxed)) == jax.tree.map(jnp.shape, apart)
+    assert boxed['expert_1']['up'].names == ('embed', 'mlp')
+    assert boxed['expert_1']['down'].names == ('mlp', 'embed')
+
+    def outcome(layer, params):
+        y, vjp = jax.vjp(lambda params: layer.apply({'params': params}, x, mask)[0], params)
+        return y, vjp(jnp.cos(y))[0]
+
+    (y, gradient), (found, gradients) = outcome(fused, params), outcome(separate, apart)
+    np.testing.assert_allclose(found, y, atol=1e-6)
+    together = stack_experts([gradients[f'expert_{e}'] for e in range(E)])
+    for name, value in together.items():
+        np.testing.assert_allclose(value, gradient[name], atol=1e-6)
+
+
+def test_an_expert_stored_by_itself_starts_with_variance_one_over_its_own_fan_in():
+    config = MoEConfig(RouterConfig(2, 1), expert_dim=200, storage='per_expert')
+    layer = MoELayer(config, 'silu')
+    x = jnp.zeros((1, 1, 100))
+    params = nn.unbox(layer.init(jax.random.key(0), x, jnp.ones((1, 1), bool)))['params']
+    assert not np.array_equal(params['expert_0']['gate'], params['expert_1']['gate'])
+    for name, fan_in in (('gate', 100), ('up', 100), ('down', 200)):
+        np.testing.assert_allclose(np.var(params['expert_1'][name]), 1 / fan_in, rtol=0.1)
+
+
+def test_experts_stored_one_by_one_are_not_copied_to_every_shard():
+    config = MoEConfig(RouterConfig(E, K), expert_dim=F, storage='per_expert')
+    mesh = make_mesh(MeshConfig(data=4, expert=2))
+    layer = MoELayer(config, 'silu', mesh=mesh)
+    with pytest.raises(InputError, match=r"expert=1; received expert=2.*moe.storage='fused'"):
+        jax.eval_shape(layer.init, jax.random.key(0), tokens(), jnp.array(MASK))

@@ -30,6 +30,9 @@ SOURCES = {
 }
 
 
+SEPARATE = dataclasses.replace(SPARSE.moe, storage='per_expert')
+
+
 def with_router(**changes) -> TransformerConfig:
     router = dataclasses.replace(ROUTER, **changes)
     return dataclasses.replace(SPARSE, moe=dataclasses.replace(MOE, router=router))
@@ -109,6 +112,11 @@ REFUSED = {
         ('prune_experts', SPARSE, with_router(num_experts=3, scale=2.0)),
         {},
         r'keeps moe\.router\.scale: the source has 1\.0, the target 2\.0',
+    ),
+    'experts stored one by one': (
+        ('upcycle', DENSE, dataclasses.replace(SPARSE, moe=SEPARATE)),
+        {},
+        "needs moe.storage='fused'; that of the target is 'per_expert'",
     ),
     'more experts': (('merge_experts', SPARSE, with_router(num_experts=6)), {}, 'at most the 4'),
     'no experts': (('upcycle', DENSE, DENSE), {}, 'target with experts'),
