@@ -308,6 +308,13 @@ def rollout() -> ml_collections.ConfigDict:
     )
 
 
+def mesh(
+    *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1
+) -> ml_collections.ConfigDict:
+    """Fields of moe.sharding.MeshConfig: devices along each axis; -1 is the rest."""
+    return ml_collections.ConfigDict(dict(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
+
+
 def get_config() -> ml_collections.ConfigDict:
     """A small study of everything."""
     config = ml_collections.ConfigDict()
@@ -327,7 +334,7 @@ def get_config() -> ml_collections.ConfigDict:
         seq_len=256,  # tokens
         batch_size=16,  # rows, over all hosts
     )
-    config.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)  # devices; -1 is the rest
+    config.mesh = mesh(data=-1)  # of all devices, or those that `teacher.mesh` leaves
     config.teacher = dict(
         # In this run; or 'checkpoint', 'hf', 'remote'; or 'ema', the student's average.
         source='train',
@@ -343,6 +350,7 @@ def get_config() -> ml_collections.ConfigDict:
         mtp_weight=0.0,  # of the loss over tokens further ahead; above 0 with model.mtp_depth
         ema_decay=0.999,  # of 'ema', at each update
         weight=1.0,  # in the loss, beside those of `more_teachers`
+        mesh=_mapping(),  # `mesh()`, of the last devices, to teach apart from the student
     )
     config.more_teachers = _mapping()  # `further_teachers()`
     config.targets = dict(

@@ -100,4 +100,5 @@ class CachedTeacher:
                 'A cached teacher needs batches that carry targets; received one without. Take '
                 'them from a distill.target_stream.TargetStream.'
             )
-        return batch.targets
+        targets: Any = batch.targets
+        return targets

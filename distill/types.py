@@ -19,7 +19,8 @@ class Batch:
         mask: True where the position counts in losses and metrics.
         segment_ids: 1, 2, ... a document within a row; 0 for padding. Attention stays within one.
         positions: from 0 within each document.
-        targets: what a teacher said of these rows before; None where it is asked, or there is none.
+        targets: what a teacher said of these rows before, or hidden states that came from devices
+            of its own; None where it is asked, or there is none.
         routes: the number of each token's teacher, where there are several and data choose among
             them; None otherwise.
         writers: who wrote each row, by their place in `WRITERS`; None where all is text.
@@ -32,7 +33,7 @@ class Batch:
     mask: Bool[Array, 'B T']
     segment_ids: Int[Array, 'B T']
     positions: Int[Array, 'B T']
-    targets: 'TopKTargets | SampledTargets | None' = None
+    targets: "TopKTargets | SampledTargets | Float[Array, 'B T Dt'] | None" = None
     routes: Int[Array, 'B T'] | None = None
     writers: Int[Array, 'B'] | None = None
     counterpart: 'Counterpart | None' = None

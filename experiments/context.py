@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from distill import distributed
 from distill.corpus import TokenCorpus, load_or_tokenize
@@ -36,11 +37,12 @@ from experiments.identity import model_identity
 from experiments.panel_config import FurtherTeacherConfig
 from experiments.signals import StopSignal
 from experiments.study import StudyConfig, TeacherConfig, build_study
+from experiments.teacher_mesh import make_meshes
 from experiments.tokenizers import folder_tokenizer
 from experiments.workdir import Workdir
 from moe.config import TransformerConfig
 from moe.errors import InputError
-from moe.sharding import batch_sharding, make_mesh
+from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
 T = TypeVar('T')
@@ -68,17 +70,18 @@ class Context:
         json_path: pathlib.Path | None = None,
     ) -> None:
         self.study: StudyConfig = build_study(config)
-        self.mesh = make_mesh(self.study.mesh)
-        require_fit(self.study, self.mesh)
+        self.mesh, self.teacher_mesh = make_meshes(self.study.mesh, self.study.teacher.mesh)
+        require_fit(self.study, self.mesh, self.teacher_mesh)
         self.workdir = Workdir(workdir, config, writer=distributed.is_writer())
         self.values: dict[str, Any] = config.to_dict()
         self.command = command
         self.stop = stop
         self.json_path = json_path
 
-    def model(self, config: TransformerConfig) -> Transformer:
-        """A model on this study's mesh; on one device it needs none."""
-        return Transformer(config, self.mesh if self.mesh.size > 1 else None)
+    def model(self, config: TransformerConfig, mesh: Mesh | None = None) -> Transformer:
+        """A model on this study's mesh, or another; on one device it needs none."""
+        mesh = mesh or self.mesh
+        return Transformer(config, mesh if mesh.size > 1 else None)
 
     @functools.cached_property
     def split(self) -> tuple[list[Document], list[Document]]:

@@ -15,8 +15,8 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in batch_sharding(mesh).spec[0])
 
 
-def require_fit(study: StudyConfig, mesh: Mesh) -> None:
-    """Refuses batches and models that the mesh does not divide.
+def require_fit(study: StudyConfig, mesh: Mesh, teacher_mesh: Mesh | None = None) -> None:
+    """Refuses batches and models that the mesh does not divide, nor that of the teacher.
 
     Raises:
         InputError: names the key, or the parameter.
@@ -37,10 +37,19 @@ def require_fit(study: StudyConfig, mesh: Mesh) -> None:
                 f'{key} must be a multiple of {shards}, the parts that the mesh axes data, fsdp '
                 f'and expert split its rows into; received {received}. Change it, or the mesh.'
             )
+    teacher_mesh = mesh if teacher_mesh is None else teacher_mesh
+    if size % batch_shards(teacher_mesh):
+        raise InputError(
+            f'config.data.batch_size must be a multiple of {batch_shards(teacher_mesh)}, the parts '
+            f'that config.teacher.mesh splits its rows into; received {size}. Change one of them.'
+        )
     more = {f'more_teachers.{name}': own.model for name, own in (study.more_teachers or {}).items()}
     models = {'teacher': study.teacher.model, 'student': study.student.model} | more
-    for who, config in models.items():
+    fits = [(f'config.{who}.model', config, mesh) for who, config in models.items()]
+    if teacher_mesh is not mesh:
+        fits.append(('On its own mesh config.teacher.model', study.teacher.model, teacher_mesh))
+    for what, config, its in fits:
         try:
-            variable_shardings(Transformer(config), mesh)
+            variable_shardings(Transformer(config), its)
         except InputError as error:
-            raise InputError(f'config.{who}.model does not fit the mesh. {error}') from error
+            raise InputError(f'{what} does not fit the mesh. {error}') from error

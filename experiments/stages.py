@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from distill import distributed
 from distill.cache import CachedTargets
@@ -23,6 +24,7 @@ from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.projectors import projector_axes
 from distill.provenance import Provenance, require_permission
 from distill.rollout import Rollout
+from distill.separate_teacher import SeparateTeacher, Shipper
 from distill.spans import match_vocabularies
 from distill.step import Recipe
 from distill.target_stream import TargetStream
@@ -162,13 +164,17 @@ def student(context: Context) -> dict[str, Any]:
     """Distils the teacher, or what it said before, into the student."""
     config = context.study.student
     context.workdir.require_result('teacher', wanted_by='student')
-    reader = None
+    reader = ship = None
     if context.study.targets.cached:
         context.workdir.require_result('targets', wanted_by='student')
         reader = open_targets(context, _teacher_facts(context))
         teacher, variables = CachedTeacher(), {}
     elif context.study.targets.kind == 'text':
         teacher, variables = None, {}
+    elif context.study.teacher.mesh is not None:
+        model, variables = load_teacher(context, mesh=context.teacher_mesh)
+        ship = Shipper(OnlineTeacher(model), variables, (context.mesh, context.teacher_mesh))
+        teacher, variables = SeparateTeacher(), ship.head
     else:
         teacher, variables = _online_teacher(context)
     recipe = _recipe(
@@ -191,6 +197,7 @@ def student(context: Context) -> dict[str, Any]:
         teacher=variables,
         taught_by=_teacher_facts(context),
         reader=reader,
+        ship=ship,
     )
 
 
@@ -289,35 +296,37 @@ USUAL_STAGES = tuple(name for name in STAGES if name != 'export')
 
 
 def load_teacher(
-    context: Context, further: FurtherTeacherConfig | None = None
+    context: Context, further: FurtherTeacherConfig | None = None, mesh: Mesh | None = None
 ) -> tuple[Transformer, Any]:
     """Loads the frozen teacher in its own dtype, each array on the devices that hold it.
 
     Args:
         context: of the study.
         further: another teacher than the first.
+        mesh: another than the study's.
     """
+    mesh = mesh or context.mesh
     config = further or context.study.teacher
     folder = context.folder_of(config)
     if config.source == 'hf':
         if further is not None:
             _require_same_tokenizer(context, folder)
-        _, published = load_pretrained(folder, mesh=context.mesh, dtype=config.dtype)
-        return context.model(config.model), {'routing': {}} | published
+        _, published = load_pretrained(folder, mesh=mesh, dtype=config.dtype)
+        return context.model(config.model, mesh), {'routing': {}} | published
     if config.source == 'ema':
         model = context.model(config.model)
         folder = context.workdir.path / 'student' / 'ema'
         return model, load_model(folder, model, context.mesh, context.identity(model.config))
-    trained = context.model(config.model)
+    trained = context.model(config.model, mesh)
     if config.checkpoint is not None:
         refuse_seen(folder, context.split[1], key='config.teacher.checkpoint')
     identity = context.identity(trained.config, teacher=True)
-    variables = load_model(folder / 'model', trained, context.mesh, identity)
+    variables = load_model(folder / 'model', trained, mesh, identity)
     frozen = dataclasses.replace(config.model, dtype=config.dtype, param_dtype=config.dtype)
-    model = context.model(frozen)
+    model = context.model(frozen, mesh)
     cast = jax.jit(
         lambda params: jax.tree.map(lambda leaf: leaf.astype(config.dtype), params),
-        out_shardings=variable_shardings(model, context.mesh)['params'],
+        out_shardings=variable_shardings(model, mesh)['params'],
     )
     return model, variables | {'params': cast(variables['params'])}
 
@@ -434,6 +443,7 @@ def _train(
     teacher: Any = None,
     taught_by: dict[str, Any] | None = None,
     reader: CachedTargets | None = None,
+    ship: Shipper | None = None,
 ) -> dict[str, Any]:
     """Trains from the variables that `initial` makes, unless there is a checkpoint to go on from.
 
@@ -446,6 +456,7 @@ def _train(
         teacher: variables of the frozen teacher.
         taught_by: who that is, see `_teacher_facts`.
         reader: of what it said before, where it is not there.
+        ship: places batches where it has devices of its own.
     """
     data = context.study.data
     # Bad text is found out before the folder becomes this study's.
@@ -460,6 +471,7 @@ def _train(
         initial=initial,
         identity=context.identity(recipe.model.config) | {'teacher': taught_by, 'start': start},
         shape=(data.batch_size, data.seq_len),
+        place=ship,
     )
     if distributed.is_writer():
         record_seen(run.folder, context.split[0])

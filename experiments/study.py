@@ -28,6 +28,7 @@ from experiments.init_config import InitConfig
 from experiments.panel_config import FurtherTeacherConfig, require_together
 from experiments.remote_checks import require_askable, require_text_alone
 from experiments.remote_config import RemoteConfig
+from experiments.teacher_mesh import require_separable
 from experiments.tokenizers import folder_tokenizer
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
@@ -104,6 +105,8 @@ class TeacherConfig:
         ema_decay: of the average, with source='ema': after each update it is `ema_decay` times
             itself and the rest the new parameters; in [0, 1).
         weight: in the loss, beside those of `more_teachers`; positive.
+        mesh: of the last devices, on which it teaches alone; None to share those of the student.
+            All else that it does is done on `config.mesh`.
     """
 
     source: Literal['train', 'checkpoint', 'hf', 'remote', 'ema']
@@ -117,6 +120,7 @@ class TeacherConfig:
     mtp_weight: float | Schedule = 0.0
     ema_decay: float = 0.999
     weight: float = 1.0
+    mesh: MeshConfig | None = None
 
     @property
     def own_decay(self) -> float | None:
@@ -408,6 +412,8 @@ class StudyConfig:
             )
         if self.student.cross_tokenizer is not None:
             require_two_tokenizers(self)
+        if self.teacher.mesh is not None:
+            require_separable(self)
         if self.teacher.source == 'ema':
             self._require_own_average()
         require_together(

@@ -44,6 +44,7 @@ class Run:
         initial: makes the variables that the run starts from, placed; the same whenever called.
         identity: what a checkpoint must have been made with for the run to go on from it.
         shape: rows and tokens of a batch, padding included.
+        place: puts a host batch onto the devices of the mesh; None for rows over its batch axes.
     """
 
     stage: str
@@ -54,6 +55,7 @@ class Run:
     initial: Callable[[], Any]
     identity: dict[str, Any]
     shape: tuple[int, int]
+    place: Callable[[Batch], Batch] | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -90,9 +92,8 @@ def train_model(run: Run, pipeline: Pipeline, stop: StopSignal) -> dict[str, Any
                 state,
                 step=lambda state, batch: step(state, run.teacher, batch),
                 batches=pipeline,
-                place=functools.partial(
-                    distributed.global_batch, sharding=batch_sharding(run.mesh)
-                ),
+                place=run.place
+                or functools.partial(distributed.global_batch, sharding=batch_sharding(run.mesh)),
                 config=config,
                 hooks=Hooks(watch.save, watch.observe, stop.agreed, watch.last_saved),
             )
