@@ -160,7 +160,7 @@ def _scores(
 
     def judge(carry: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         hidden, labels = chunk
-        logits = output_logits(model.config, variables['params'], hidden)
+        logits = output_logits(model.config, variables, hidden)
         chosen, _ = log_probs_of(logits, labels)
         own = jnp.take_along_axis(logits, labels[..., None], -1)
         return carry, (chosen, (logits[..., :ranked] > own).sum(-1))

@@ -15,6 +15,7 @@ from distill.timing import interleaved_medians
 from moe.accounting import parameter_report
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.decode import write
+from moe.int8 import quantise
 from moe.sampling import Sampling
 from moe.transformer import Transformer
 
@@ -32,6 +33,8 @@ CONFIG = TransformerConfig(
 )
 PROMPT, SHORT = 16, 8
 MEASURED_BYTES = 2**28
+READERS = 8  # rows, that several processors may share
+FLOAT32, INT8 = 'fractional', 'fractional int8'
 
 
 def decode_rows(
@@ -41,7 +44,7 @@ def decode_rows(
 
     A text of `8 + tokens` tokens less one of 8, both after a prompt of 16: what is left is decoding
     alone. At batch 1 the limit is one reading of the active weights for each token, at the speed at
-    which this machine was seen to sum a large array in the same run.
+    which this machine was seen to sum the rows of a large array in the same run.
 
     Args:
         config: the model; `transformers` builds the same as Qwen3-MoE.
@@ -50,15 +53,16 @@ def decode_rows(
         repeats: timed rounds; the median counts.
 
     Yields:
-        Rows at batch 1 beside the limit, ours and, where torch and transformers are installed,
-        theirs; and ours at `batch` beside theirs.
+        Rows at batch 1: ours beside the limit, with matrices as integers of 8 bits beside our
+        float32, and, where torch and transformers are installed, theirs beside the limit; and ours
+        at `batch` beside theirs.
     """
     ours, theirs = our_writers(config), their_writers(config)
-    array = jnp.ones(MEASURED_BYTES // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
+    array = jnp.ones((READERS, MEASURED_BYTES // 4 // READERS), jnp.float32)
+    total = jax.jit(functools.partial(jnp.sum, axis=1))
     functions: dict[str, Callable[[], Any]] = {'bandwidth': lambda: total(array)}
     for name, writer in (ours | theirs).items():
-        for rows in (1, batch):
+        for rows in (1,) if name == INT8 else (1, batch):
             for length in (SHORT, SHORT + tokens):
                 functions[f'{name}/{rows}/{length}'] = functools.partial(writer, rows, length)
     seconds = interleaved_medians(functions, repeats=repeats)
@@ -72,7 +76,9 @@ def decode_rows(
     limit = bandwidth / active
     what = f'float32, greedy, {tokens} tokens after {PROMPT + SHORT}; reference: '
     reading = f'one reading of {active / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s'
-    yield _row('decode/batch1', rate('fractional', 1), limit, what + reading)
+    yield _row('decode/batch1', rate(FLOAT32, 1), limit, what + reading)
+    conditions = f'int8, {what}float32'
+    yield _row('decode/batch1/int8', rate(INT8, 1), rate(FLOAT32, 1), conditions)
     if not theirs:
         return
     best = {rows: max(theirs, key=lambda name: rate(name, rows)) for rows in (1, batch)}
@@ -80,7 +86,7 @@ def decode_rows(
     yield _row('decode/batch1/transformers', own, limit, f'{best[1]}; {what}{reading}')
     yield _row(
         f'decode/batch{batch}',
-        rate('fractional', batch),
+        rate(FLOAT32, batch),
         rate(best[batch], batch),
         f'{what}{best[batch]}',
     )
@@ -105,17 +111,21 @@ def _read_parameters(config: TransformerConfig) -> int:
 
 
 def our_writers(config: TransformerConfig) -> dict[str, Callable[[int, int], Any]]:
-    """Returns `moe.decode.write` of a model with random weights: (rows, new tokens) -> tokens."""
+    """Returns `moe.decode.write` of a model with random weights: (rows, new tokens) -> tokens.
+
+    Its matrices are float32, or the nearest integers of 8 bits.
+    """
     model = Transformer(config)
     init = jax.jit(lambda key: nn.unbox(model.init(key, jnp.ones((1, 1), jnp.int32))))
     variables, key = init(jax.random.key(0)), jax.random.key(1)
 
-    def run(rows: int, length: int) -> Any:
+    def run(variables: Any, rows: int, length: int) -> Any:
         prompts = _prompts(rows, config.vocab_size)
         settings = {'max_new_tokens': length, 'sampling': Sampling(0.0), 'key': key}
         return write(model, variables, prompts, **settings).tokens
 
-    return {'fractional': run}
+    forms = {FLOAT32: variables, INT8: quantise(model, variables)}
+    return {name: functools.partial(run, form) for name, form in forms.items()}
 
 
 def their_writers(config: TransformerConfig) -> dict[str, Callable[[int, int], Any]]:

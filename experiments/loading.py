@@ -1,6 +1,7 @@
 """A model to write with, from the folder of the stage that trained it; no config is needed."""
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from experiments.training import load_model, model_sha256
 from experiments.workdir import read_json
 from moe.config import TransformerConfig
 from moe.errors import InputError
+from moe.int8 import quantise
 from moe.sharding import MeshConfig, make_mesh, variable_shardings
 from moe.transformer import Transformer
 from moe.unstacked import relaid, unrolled
@@ -78,6 +80,20 @@ def load_stage(
         variables=variables,
         tokenizer=tokenizer,
         sha256=model_sha256(folder / 'model'),
+    )
+
+
+def in_integers(loaded: Loaded) -> Loaded:
+    """Rounds a model's matrices to integers of 8 bits; its floats are given up.
+
+    Raises:
+        InputError: where it is on several devices.
+    """
+    return dataclasses.replace(
+        loaded,
+        name=f'{loaded.name}/int8',
+        variables=quantise(loaded.model, loaded.variables),
+        sha256=hashlib.sha256(f'int8 {loaded.sha256}'.encode()).hexdigest(),
     )
 
 

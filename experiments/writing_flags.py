@@ -3,7 +3,7 @@
 from absl import flags
 
 from experiments import cli
-from experiments.loading import Loaded, load_stage
+from experiments.loading import Loaded, in_integers, load_stage
 from moe.engine import Engine
 from moe.requests import EngineConfig
 from moe.sharding import MeshConfig
@@ -13,6 +13,7 @@ ROWS = flags.DEFINE_integer('rows', 8, 'Texts written at once.', lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
 DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)
+INT8 = flags.DEFINE_boolean('int8', False, 'Matrices as integers of 8 bits, see moe.int8.')
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the weights are split over.', 1)
 
 
@@ -20,7 +21,8 @@ def loaded_model(checkpoint: str) -> Loaded:
     """Loads a model as the flags say."""
     alone = DATA.value == TENSOR.value == 1
     mesh = None if alone else MeshConfig(data=DATA.value, tensor=TENSOR.value)
-    return load_stage(checkpoint, mesh=mesh, dtype=DTYPE.value)
+    loaded = load_stage(checkpoint, mesh=mesh, dtype=DTYPE.value)
+    return in_integers(loaded) if INT8.value else loaded
 
 
 def loaded_engine(*, max_waiting: int) -> tuple[Loaded, Engine]:

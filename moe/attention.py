@@ -1,5 +1,7 @@
 """Grouped-query attention, to all tokens before or to the last few, with its cache."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from moe.attention_context import AttentionContext
 from moe.cache_rows import write_ring, write_rows
 from moe.config import AttentionConfig, TransformerConfig
 from moe.dot_product import attention_and_highest
+from moe.int8 import Kernel, stored_kernel
 from moe.layers import kernel_init, linear, norm_of, partitioned
 from moe.qk_clip import record_max_logits
 from moe.rope import apply_rope
@@ -66,7 +69,7 @@ class Attention(nn.Module):
         record_max_logits(self, highest, context.segment_ids)
         attended = constrain(attended, ('batch', 'length', 'heads', 'head_dim'), self.mesh)
         axes = ('heads', 'head_dim', 'embed')
-        y = linear(attended, self._parameter('o', kernel_init((0, 1), 2), (H, Dh, D), axes))
+        y = linear(attended, self._kernel('o', kernel_init((0, 1), 2), (H, Dh, D), axes, 1))
         return self._biased(y, 'o', (None,)) if config.output_bias else y, cache
 
     def _parameter(
@@ -78,6 +81,17 @@ class Attention(nn.Module):
     ) -> Array:
         return self.param(name, partitioned(init, axes), shape, self.config.param_dtype)
 
+    def _kernel(
+        self,
+        name: str,
+        init: nn.initializers.Initializer,
+        shape: tuple[int, ...],
+        axes: LogicalAxes,
+        outputs: int,
+    ) -> Kernel:
+        read = functools.partial(self._parameter, name, init, shape, axes)
+        return stored_kernel(self, name, read, shape[-outputs:])
+
     def _biased(self, x: Array, name: str, axes: LogicalAxes) -> Array:
         shape, zeros = x.shape[2:], nn.initializers.zeros_init()
         return x + self._parameter(f'{name}_bias', zeros, shape, axes).astype(x.dtype)
@@ -86,7 +100,7 @@ class Attention(nn.Module):
         """Projects, adds the bias, normalises and clips, as configured."""
         config, axes = self.attention, (axis, 'head_dim')
         shape = (x.shape[-1], heads, config.head_dim)
-        y = linear(x, self._parameter(name, kernel_init(0, (1, 2)), shape, ('embed', *axes)))
+        y = linear(x, self._kernel(name, kernel_init(0, (1, 2)), shape, ('embed', *axes), 2))
         if config.qkv_bias:
             y = self._biased(y, name, axes)
         if config.qk_norm != 'none' and name != 'v':

@@ -260,7 +260,7 @@ def _prefilled(run: _Run, variables: Any, prompts: Array, mask: Array) -> _State
     shape = (B, N, run.top_log_probs)
     return _State(
         step=jnp.zeros((), jnp.int32),
-        logits=output_logits(model.config, variables['params'], output.hidden[:, -1:])[:, 0],
+        logits=output_logits(model.config, variables, output.hidden[:, -1:])[:, 0],
         positions=positions[:, -1] + 1,
         done=jnp.zeros(B, bool),
         seen=seen_tokens(prompts, mask, model.config.vocab_size),

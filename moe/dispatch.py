@@ -23,6 +23,7 @@ from moe.config import Activation, Dispatch
 from moe.expert_mlp import ExpertBiases, weighted_hidden
 from moe.few_tokens import FEW_TOKENS, chosen_experts
 from moe.grouped_mlp import grouped_mlp
+from moe.int8 import Kernel, dequantised
 
 
 @flax.struct.dataclass
@@ -181,8 +182,8 @@ def dispatch(
     ids: Int[Array, 'B T K'],
     weights: Float[Array, 'B T K'],
     mask: Bool[Array, 'B T'],
-    gate_up: Float[Array, 'E D 2 F'],
-    down: Float[Array, 'E F D'],
+    gate_up: Kernel,
+    down: Kernel,
     *,
     method: Dispatch,
     activation: Activation,
@@ -196,8 +197,8 @@ def dispatch(
         ids: chosen experts, distinct for each token; `E` for none.
         weights: of the chosen experts, float32; differentiable.
         mask: False uses no slot and costs no product; its output and every gradient are zero.
-        gate_up: gate (index 0) and up projections of every expert.
-        down: down projections of every expert.
+        gate_up: gate (index 0) and up projections of every expert, [E, D, 2, F]; or integers.
+        down: down projections of every expert, [E, F, D]; or integers.
         method: 'dense', 'capacity' or 'grouped'.
         activation: of the gate.
         capacity_factor: `C = ceil(T * K / E * capacity_factor)`, at most `T`, slots for each expert
@@ -215,9 +216,6 @@ def dispatch(
     """
     num_experts = gate_up.shape[0]
     tokens, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
-    if method == 'dense':
-        y = _dense(x, ids, weights, mask, gate_up, down, activation, biases)
-        return y, jnp.zeros((), jnp.float32)
     if method == 'grouped':
         groups = jnp.where(mask[..., None], ids, num_experts).reshape(flat_weights.shape)
         if len(tokens) <= FEW_TOKENS:
@@ -228,9 +226,13 @@ def dispatch(
         rows, row_weights = spread(tokens, plan), spread_weights(flat_weights, plan)
         out = grouped_mlp(rows, row_weights, gate_up, down, sizes, activation, biases)
         return collect(out, plan).reshape(x.shape), jnp.zeros((), jnp.float32)
+    into, out_of = (dequantised(each, x.dtype) for each in (gate_up, down))
+    if method == 'dense':
+        y = _dense(x, ids, weights, mask, into, out_of, activation, biases)
+        return y, jnp.zeros((), jnp.float32)
     capacity = sequence_capacity(x.shape[1], ids.shape[-1], num_experts, capacity_factor)
     plan, dropped = slot_plan(ids, mask, num_experts, capacity)
     rows = spread(tokens, plan).reshape(num_experts, -1, x.shape[-1])
     row_weights = spread_weights(flat_weights, plan).reshape(num_experts, -1, 1)
-    out = slotted_mlp(rows, row_weights, gate_up, down, activation, biases)
+    out = slotted_mlp(rows, row_weights, into, out_of, activation, biases)
     return collect(out.reshape(-1, x.shape[-1]), plan).reshape(x.shape), dropped

@@ -107,7 +107,7 @@ def prefill_chunk(
         variables, tokens, positions, segments, cache=rows.cache, logits=False
     )
     hidden = output.hidden if score else output.hidden[:, -1:]
-    logits = output_logits(config, variables['params'], hidden)
+    logits = output_logits(config, variables, hidden)
     rows = Rows(
         cache=constrain_cache(config, output.cache, model.mesh),
         logits=logits[:, -1],

@@ -1,6 +1,8 @@
 """The mixture-of-experts layer: router, routed experts and an optional shared one."""
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,6 +14,7 @@ from moe.dispatch import ExpertBiases, dispatch
 from moe.errors import InputError
 from moe.expert_parallel import expert_parallel_dispatch
 from moe.expert_weights import stack_experts
+from moe.int8 import Int8, Kernel, dequantised, stored_kernel
 from moe.layers import GatedMLP, kernel_init, partitioned
 from moe.routing import RouterConfig, expert_load, route, weigh
 from moe.soft_moe import soft_dispatch
@@ -173,6 +176,7 @@ class MoELayer(nn.Module):
         config, router = self.config, self.config.router
         gate_up, down, biases = self._expert_weights(x.shape[-1])
         if router.choice == 'soft':
+            gate_up, down = (dequantised(each, x.dtype) for each in (gate_up, down))
             settings = {'activation': self.activation, 'scale': router.scale, 'biases': biases}
             return soft_dispatch(x, logits, mask, gate_up, down, **settings)
         if replayed is None:
@@ -181,7 +185,6 @@ class MoELayer(nn.Module):
             )
         else:
             ids, weights = replayed, weigh(logits, replayed, router)
-        operands = (x, ids, weights, mask, gate_up, down)
         settings = {
             'method': config.dispatch,
             'activation': self.activation,
@@ -189,10 +192,11 @@ class MoELayer(nn.Module):
             'biases': biases,
         }
         if self.mesh is None:
-            y, dropped = dispatch(*operands, **settings)
+            y, dropped = dispatch(x, ids, weights, mask, gate_up, down, **settings)
         else:
+            floats = (dequantised(each, x.dtype) for each in (gate_up, down))
             y, dropped = expert_parallel_dispatch(
-                *operands,
+                *(x, ids, weights, mask, *floats),
                 mesh=self.mesh,
                 exchange_factor=config.exchange_factor,
                 exchange_chunks=config.exchange_chunks,
@@ -201,29 +205,30 @@ class MoELayer(nn.Module):
         load = expert_load(ids, mask, router.num_experts)
         return y, RouterOutput(logits, ids, weights, load, dropped)
 
-    def _expert_weights(self, dim: int) -> tuple[Array, Array, ExpertBiases | None]:
+    def _expert_weights(self, dim: int) -> tuple[Kernel, Kernel, ExpertBiases | None]:
         fused = self.config.storage == 'fused'
         params = self._fused_params(dim) if fused else self._separate_params(dim)
-        params = {name: value.astype(self.dtype) for name, value in params.items()}
+        params = {
+            name: value if isinstance(value, Int8) else value.astype(self.dtype)
+            for name, value in params.items()
+        }
         biases = None
         if self.config.bias:
             biases = ExpertBiases(params['gate_up_bias'], params['down_bias'])
         return params['gate_up'], params['down'], biases
 
-    def _fused_params(self, dim: int) -> dict[str, Array]:
+    def _fused_params(self, dim: int) -> dict[str, Any]:
         experts, hidden = self.config.router.num_experts, self.config.expert_dim
         params = {
-            'gate_up': self.param(
+            'gate_up': self._kernel(
                 'gate_up',
                 partitioned(kernel_init(1, (2, 3), (0,)), ('experts', 'embed', None, 'mlp')),
                 (experts, dim, 2, hidden),
-                self.param_dtype,
             ),
-            'down': self.param(
+            'down': self._kernel(
                 'down',
                 partitioned(kernel_init(1, 2, (0,)), ('experts', 'mlp', 'embed')),
                 (experts, hidden, dim),
-                self.param_dtype,
             ),
         }
         if self.config.bias:
@@ -241,6 +246,12 @@ class MoELayer(nn.Module):
                 self.param_dtype,
             )
         return params
+
+    def _kernel(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
+    ) -> Kernel:
+        read = functools.partial(self.param, name, init, shape, self.param_dtype)
+        return stored_kernel(self, name, read, shape[2:], batch_axes=1)
 
     def _separate_params(self, dim: int) -> dict[str, Array]:
         if self.mesh is not None and self.mesh.shape['expert'] > 1:

@@ -25,6 +25,7 @@ from moe.grouped_matmul import (
     ragged,
     ragged_transposed,
 )
+from moe.int8 import Int8, Kernel, dequantised, joined
 from moe.row_tiles import over_tiles, put_rows, rows_at
 
 Gradients = tuple[Array, Array, Array, Array]
@@ -34,8 +35,8 @@ Kept = tuple[Array, Array | None]
 def grouped_mlp(
     rows: Float[Array, 'M D'],
     weights: Float[Array, 'M 1'],
-    gate_up: Float[Array, 'E D 2 F'],
-    down: Float[Array, 'E F D'],
+    gate_up: Kernel,
+    down: Kernel,
     group_sizes: Int[Array, 'E'],
     activation: Activation,
     biases: ExpertBiases | None = None,
@@ -48,8 +49,8 @@ def grouped_mlp(
     Args:
         rows: sorted by expert.
         weights: of each row.
-        gate_up: gate (index 0) and up projections.
-        down: down projections.
+        gate_up: gate (index 0) and up projections, [E, D, 2, F]; or integers, without a gradient.
+        down: down projections, [E, F, D]; or integers.
         group_sizes: rows of each expert.
         activation: of the gate.
         biases: of the projections; None for none.
@@ -57,11 +58,13 @@ def grouped_mlp(
     Returns:
         Weighted expert outputs; zero for rows past the last group.
     """
-    num_experts, dim = gate_up.shape[:2]
-    both = gate_up.reshape(num_experts, dim, -1)
-    if biases is None:
-        return _mlp(activation, rows, weights, both, down, group_sizes)
-    return _biased_mlp(activation, rows, weights, both, down, group_sizes, biases)
+    both = joined(gate_up)
+    if biases is not None:
+        both, down = (dequantised(each, rows.dtype) for each in (both, down))
+        return _biased_mlp(activation, rows, weights, both, down, group_sizes, biases)
+    if isinstance(both, Int8):
+        return _output(activation, False, rows, weights, both, down, group_sizes)[0]
+    return _mlp(activation, rows, weights, both, down, group_sizes)
 
 
 def _biased_mlp(
@@ -90,7 +93,7 @@ def _mlp(activation: Activation, *operands: Array) -> Array:
     return _output(activation, False, *operands)[0]
 
 
-def _output(activation: Activation, keep: bool, *operands: Array) -> tuple[Array, Array | None]:
+def _output(activation: Activation, keep: bool, *operands: Kernel) -> tuple[Array, Array | None]:
     """Returns the output, and where it is to be kept what the activation is computed from."""
     return jax.lax.platform_dependent(
         *operands,
@@ -124,10 +127,11 @@ def _ragged(
     keep: bool,
     rows: Array,
     weights: Array,
-    gate_up: Array,
-    down: Array,
+    gate_up: Kernel,
+    down: Kernel,
     group_sizes: Array,
 ) -> tuple[Array, Array | None]:
+    gate_up, down = (dequantised(each, rows.dtype) for each in (gate_up, down))
     both = ragged(rows, gate_up, group_sizes)
     out = ragged(weighted_hidden(both, weights, activation), down, group_sizes)
     return out, both if keep else None
@@ -167,14 +171,16 @@ def _looped(
     keep: bool,
     rows: Array,
     weights: Array,
-    gate_up: Array,
-    down: Array,
+    gate_up: Kernel,
+    down: Kernel,
     group_sizes: Array,
 ) -> tuple[Array, Array | None]:
     num_rows, num_groups = rows.shape[0], group_sizes.shape[0]
 
-    def expert(carry: Kept, inputs: tuple[Array, ...]) -> tuple[Kept, None]:
-        expert_gate_up, expert_down, start, end = inputs
+    def expert(carry: Kept, inputs: tuple[Kernel, ...]) -> tuple[Kept, None]:
+        *matrices, start, end = inputs
+        # Of integers one expert at a time becomes floats.
+        expert_gate_up, expert_down = (dequantised(each, rows.dtype) for each in matrices)
 
         def tile(carry: Kept, first: Array, size: int, valid: Array, is_first: bool) -> Kept:
             out, both = carry

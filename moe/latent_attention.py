@@ -1,5 +1,7 @@
 """Multi-head latent attention: expanded for training, absorbed for decoding; a cache of latents."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from moe.attention_context import AttentionContext
 from moe.cache_rows import write_rows
 from moe.config import LatentAttentionConfig, TransformerConfig
 from moe.dot_product import attention_and_highest
+from moe.int8 import Kernel, stored_kernel
 from moe.layers import RMSNorm, kernel_init, linear, partitioned
 from moe.qk_clip import record_max_logits
 from moe.rope import apply_rope
@@ -83,7 +86,7 @@ class LatentAttention(nn.Module):
         attended, highest = attend(config, queries, latents, kv_up, context)
         record_max_logits(self, highest, context.segment_ids)
         attended = constrain(attended, HEADS, self.mesh)
-        kernel = self._kernel('o', kernel_init((0, 1), 2), (H, Dv, D), (*HEADS[2:], 'embed'))
+        kernel = self._matrix('o', kernel_init((0, 1), 2), (H, Dv, D), (*HEADS[2:], 'embed'), 1)
         return linear(attended, kernel), cache
 
     def _queries(self, x: Array, context: AttentionContext) -> Float[Array, 'B T H Dk']:
@@ -94,7 +97,7 @@ class LatentAttention(nn.Module):
             name = 'q_up'
         shape = (x.shape[-1], config.num_heads, config.key_dim)
         axis = 'embed' if name == 'q' else None
-        kernel = self._kernel(name, kernel_init(0, (1, 2)), shape, (axis, *HEADS[2:]))
+        kernel = self._matrix(name, kernel_init(0, (1, 2)), shape, (axis, *HEADS[2:]), 2)
         queries = constrain(linear(x, kernel), HEADS, self.mesh)
         plain, rotary = jnp.split(queries, [config.nope_dim], axis=-1)
         return jnp.concatenate([plain, rotate_pairs(rotary, context)], axis=-1)
@@ -107,7 +110,7 @@ class LatentAttention(nn.Module):
         return jnp.concatenate([self._norm('kv_norm')(latents), rotary], axis=-1)
 
     def _down(self, x: Array, name: str, width: int) -> Array:
-        kernel = self._kernel(name, kernel_init(0, 1), (x.shape[-1], width), ('embed', None))
+        kernel = self._matrix(name, kernel_init(0, 1), (x.shape[-1], width), ('embed', None), 1)
         return constrain(linear(x, kernel), ('batch', 'length', None), self.mesh)
 
     def _norm(self, name: str) -> RMSNorm:
@@ -121,6 +124,17 @@ class LatentAttention(nn.Module):
         axes: LogicalAxes,
     ) -> Array:
         return self.param(name, partitioned(init, axes), shape, self.config.param_dtype)
+
+    def _matrix(
+        self,
+        name: str,
+        init: nn.initializers.Initializer,
+        shape: tuple[int, ...],
+        axes: LogicalAxes,
+        outputs: int,
+    ) -> Kernel:
+        read = functools.partial(self._kernel, name, init, shape, axes)
+        return stored_kernel(self, name, read, shape[-outputs:])
 
 
 def rotate_pairs(

@@ -1,5 +1,6 @@
 """The parts that every layer shares: RMSNorm, the gated MLP, matrix products, initial values."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe.config import Activation, DType, TransformerConfig
+from moe.int8 import Int8, Kernel, product, stored_kernel
 from moe.sharding import constrain
 
 # Of 'clamped_swiglu'.
@@ -62,7 +64,7 @@ def partitioned(init: jax.nn.initializers.Initializer, axes: tuple[str | None, .
     return nn.with_logical_partitioning(init, axes)
 
 
-def linear(x: Float[Array, 'B T *inputs'], kernel: Float[Array, '*kernel']) -> Array:
+def linear(x: Float[Array, 'B T *inputs'], kernel: Kernel) -> Array:
     """Multiplies all of `x` beyond its first two axes by a kernel that begins with those axes.
 
     As one product of matrices, which is also how its transposes come out: XLA for CPUs copies whole
@@ -70,12 +72,15 @@ def linear(x: Float[Array, 'B T *inputs'], kernel: Float[Array, '*kernel']) -> A
 
     Args:
         x: [B, T, ...].
-        kernel: the axes of `x` after the second, then those of the result.
+        kernel: the axes of `x` after the second, then those of the result; or integers.
 
     Returns:
         [B, T, *the other axes of `kernel`], in the dtype of `x`.
     """
     inputs = math.prod(x.shape[2:])
+    if isinstance(kernel, Int8):
+        flat = product(x.reshape(-1, inputs), kernel)
+        return flat.reshape(*x.shape[:2], *kernel.outputs)
     outputs = kernel.shape[x.ndim - 2 :]
     flat = x.reshape(-1, inputs) @ kernel.astype(x.dtype).reshape(inputs, -1)
     return flat.reshape(*x.shape[:2], *outputs)
@@ -183,21 +188,22 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        gate_up = self.param(
-            'gate_up',
-            partitioned(kernel_init(0, (1, 2)), ('embed', None, 'mlp')),
-            (x.shape[-1], 2, self.hidden_dim),
-            self.param_dtype,
-        )
-        down = self.param(
-            'down',
-            partitioned(kernel_init(0, 1), ('mlp', 'embed')),
-            (self.hidden_dim, x.shape[-1]),
-            self.param_dtype,
-        )
+        D, F = x.shape[-1], self.hidden_dim
+        init = partitioned(kernel_init(0, (1, 2)), ('embed', None, 'mlp'))
+        gate_up = self._kernel('gate_up', init, (D, 2, F))
+        down = self._kernel('down', partitioned(kernel_init(0, 1), ('mlp', 'embed')), (F, D))
         x = x.astype(self.dtype)
-        # Two products: the halves of a joint one are not contiguous, and reading them is slower.
-        gate, up = linear(x, gate_up[:, 0]), linear(x, gate_up[:, 1])
+        if isinstance(gate_up, Int8):
+            gate, up = jnp.moveaxis(linear(x, gate_up), 2, 0)
+        else:
+            # Two products: the halves of a joint one are not contiguous: reading them is slower.
+            gate, up = linear(x, gate_up[:, 0]), linear(x, gate_up[:, 1])
         hidden = gated_activation(self.activation)(gate, up)
         hidden = constrain(hidden, ('batch', 'length', 'mlp'), self.mesh)
         return linear(hidden, down)
+
+    def _kernel(
+        self, name: str, init: jax.nn.initializers.Initializer, shape: tuple[int, ...]
+    ) -> Kernel:
+        read = functools.partial(self.param, name, init, shape, self.param_dtype)
+        return stored_kernel(self, name, read, shape[1:])

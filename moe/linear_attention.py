@@ -1,5 +1,6 @@
 """Kimi Delta Attention: attention whose memory is one matrix a head, whatever the length."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.config import DType
 from moe.delta_rule import chunked_delta_rule
+from moe.int8 import Kernel, stored_kernel
 from moe.layers import RMSNorm, kernel_init, linear, partitioned
 from moe.linear_config import LinearAttentionConfig
 from moe.sharding import LogicalAxes, constrain
@@ -126,7 +128,7 @@ class LinearAttention(nn.Module):
         normed = RMSNorm(self.norm_eps, self.param_dtype, ('head_dim',), name='o_norm')(read)
         gated = normed * jax.nn.sigmoid(self._low_rank(x, 'gate', Dv))
         gated = jnp.where(documents.real[..., None, None], gated, 0)
-        kernel = self._kernel('o', kernel_init((0, 1), 2), (H, Dv, D), (*HEADS[2:], 'embed'))
+        kernel = self._matrix('o', kernel_init((0, 1), 2), (H, Dv, D), (*HEADS[2:], 'embed'), 1)
         if cache is not None:
             state = constrain(state, ('batch', 'heads', None, None), self.mesh)
             cache = LinearCache(state, conv, documents.last)
@@ -155,21 +157,22 @@ class LinearAttention(nn.Module):
         log_decay = jnp.where(documents.real[..., None, None], log_decay, 0)
         log_decay = jnp.where(documents.starts[..., None, None], -jnp.inf, log_decay)
         beta = linear(
-            x, self._kernel('beta', kernel_init(0, 1), (x.shape[-1], H), ('embed', 'heads'))
+            x, self._matrix('beta', kernel_init(0, 1), (x.shape[-1], H), ('embed', 'heads'), 1)
         )
         beta = jnp.where(documents.real[..., None], jax.nn.sigmoid(beta.astype(jnp.float32)), 0)
         return log_decay, beta
 
     def _project(self, x: Array, name: str, width: int) -> Array:
         shape = (x.shape[-1], self.config.num_heads, width)
-        kernel = self._kernel(name, kernel_init(0, (1, 2)), shape, ('embed', *HEADS[2:]))
+        kernel = self._matrix(name, kernel_init(0, (1, 2)), shape, ('embed', *HEADS[2:]), 2)
         return constrain(linear(x, kernel), HEADS, self.mesh)
 
     def _low_rank(self, x: Array, name: str, width: int) -> Array:
         rank = self.config.gate_rank
         shape = (rank, self.config.num_heads, width)
-        down = self._kernel(f'{name}_in', kernel_init(0, 1), (x.shape[-1], rank), ('embed', None))
-        up = self._kernel(f'{name}_out', kernel_init(0, (1, 2)), shape, (None, *HEADS[2:]))
+        inner = (x.shape[-1], rank)
+        down = self._matrix(f'{name}_in', kernel_init(0, 1), inner, ('embed', None), 1)
+        up = self._matrix(f'{name}_out', kernel_init(0, (1, 2)), shape, (None, *HEADS[2:]), 2)
         return constrain(linear(linear(x, down), up), HEADS, self.mesh)
 
     def _kernel(
@@ -180,3 +183,14 @@ class LinearAttention(nn.Module):
         axes: LogicalAxes,
     ) -> Array:
         return self.param(name, partitioned(init, axes), shape, self.param_dtype)
+
+    def _matrix(
+        self,
+        name: str,
+        init: Callable[..., Array],
+        shape: tuple[int, ...],
+        axes: LogicalAxes,
+        outputs: int,
+    ) -> Kernel:
+        read = functools.partial(self._kernel, name, init, shape, axes)
+        return stored_kernel(self, name, read, shape[-outputs:])

@@ -87,7 +87,7 @@ def predict_ahead(
     )
     if cache is not None:
         cache = dataclasses.replace(cache, layers=(layer_cache,))
-    projected = output_logits(config, variables['params'], hidden) if logits else None
+    projected = output_logits(config, variables, hidden) if logits else None
     return ModelOutput(hidden, projected, () if router is None else (router,), cache)
 
 

@@ -9,6 +9,8 @@ model itself) and the token `d` ahead, and predicts the one after that:
 Embedding and head are the model's own.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from moe.attention_context import AttentionContext
 from moe.attention_kinds import LayerCache
 from moe.block import remat_block
 from moe.config import TransformerConfig
+from moe.int8 import stored_kernel
 from moe.layers import kernel_init, linear, norm_of, partitioned
 from moe.sharding import constrain
 from moe.stacking import LayerKind
@@ -94,12 +97,10 @@ class PredictionModule(nn.Module):
         ]
         # The joined channels are split over devices as a hidden width is.
         joined = constrain(jnp.concatenate(normed, -1), ('batch', 'length', 'mlp'), self.mesh)
-        projection = self.param(
-            'projection',
-            partitioned(kernel_init(0, 1), ('mlp', 'embed')),
-            (2 * width, width),
-            config.param_dtype,
-        )
+        init = partitioned(kernel_init(0, 1), ('mlp', 'embed'))
+        shape = (2 * width, width)
+        read = functools.partial(self.param, 'projection', init, shape, config.param_dtype)
+        projection = stored_kernel(self, 'projection', read, shape[1:])
         x = constrain(linear(joined, projection), ('batch', 'length', None), self.mesh)
         block = remat_block(config.remat, scanned=False)(config, self.kind, self.mesh, name='block')
         x, router, cache = block(x, cache, context, mask, tokens, replayed)

@@ -157,7 +157,7 @@ def _started(
     (B, T), N, (own, draft) = prompts.shape, run.max_new_tokens, variables
     slots, config = T + N + run.num_draft + 1, run.model.config
     cache, hidden = prefill(run.model, own, prompts, mask, slots, slack=run.num_draft + 1)
-    logits = output_logits(config, own['params'], hidden)[:, 0]
+    logits = output_logits(config, own, hidden)[:, 0]
     seen = seen_tokens(prompts, mask, config.vocab_size)
     penalised = penalise(logits, seen, rows.repetition_penalty)
     first = sample(penalised, rows, row_keys(keys, jnp.zeros(B, jnp.int32)))

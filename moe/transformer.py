@@ -12,15 +12,16 @@ from moe.activations import ACTIVATIONS, note
 from moe.attention_context import attention_contexts
 from moe.attention_kinds import LayerCache, attention_kinds
 from moe.block import ACTIVATION_AXES, Caches, Contexts, Pattern, Replayed, remat_block
-from moe.config import DType, TransformerConfig
+from moe.config import TransformerConfig
 from moe.errors import InputError
 from moe.inputs import check_inputs
+from moe.int8 import COLLECTION, Int8, Kernel, product, stored_kernel
 from moe.layers import norm_of, partitioned, soft_cap
 from moe.mtp import PredictionModule, ahead, same_segment_ahead
 from moe.qk_clip import MAX_LOGITS
 from moe.replay import Replay, recorded_ids
 from moe.routing import require_causal
-from moe.sharding import LogicalAxes, constrain
+from moe.sharding import constrain
 from moe.stacking import (
     LayerGroup,
     LayerKind,
@@ -34,20 +35,37 @@ from moe.stacking import (
 from moe.types import KVCache, ModelOutput, RouterOutput
 
 
-class Weight(nn.Module):
-    """Holds one parameter that is not a layer's: the embedding or the head."""
+class Embedding(nn.Module):
+    """Holds the row of each token."""
 
-    leaf: str
-    shape: tuple[int, ...]
-    axes: LogicalAxes
-    param_dtype: DType
+    config: TransformerConfig
 
     @nn.compact
-    def __call__(self) -> Array:
+    def __call__(self) -> Float[Array, 'V D']:
+        config = self.config
         # Variance 1 / D: a tied head then starts with logits of variance one.
-        deviation = self.shape[self.axes.index('embed')] ** -0.5
-        init = partitioned(nn.initializers.normal(deviation), self.axes)
-        return self.param(self.leaf, init, self.shape, self.param_dtype)
+        init = partitioned(nn.initializers.normal(config.embed_dim**-0.5), ('vocab', 'embed'))
+        shape = (config.vocab_size, config.embed_dim)
+        return self.param('embedding', init, shape, config.param_dtype)
+
+
+class Head(nn.Module):
+    """Holds the matrix by which hidden states become logits, where it is not the embedding's."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, embedding: Float[Array, 'V D']) -> Kernel:
+        config = self.config
+        V, D = config.vocab_size, config.embed_dim
+
+        def read() -> Array:
+            if config.tie_embeddings:
+                return embedding.T
+            init = partitioned(nn.initializers.normal(D**-0.5), ('embed', 'vocab'))
+            return self.param('kernel', init, (D, V), config.param_dtype)
+
+        return stored_kernel(self, 'kernel', read, (V,))
 
 
 class Transformer(nn.Module):
@@ -121,8 +139,7 @@ class Transformer(nn.Module):
         contexts, cache = attention_contexts(
             attention_kinds(config), positions, segment_ids, tokens.shape, cache
         )
-        shape, axes = (config.vocab_size, config.embed_dim), ('vocab', 'embed')
-        embedding = Weight('embedding', shape, axes, config.param_dtype, name='embed')()
+        embedding = Embedding(config, name='embed')()
         x = embed_tokens(config, embedding, tokens, self.mesh)
         note(self, residual=x)
         layers = self._scan_layers if config.scan_layers else self._unroll_layers
@@ -135,10 +152,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache = dataclasses.replace(cache, layers=caches)
         hidden = norm_of(config, 'final_norm')(x)
-        if config.tie_embeddings:
-            head = embedding.T
-        else:
-            head = Weight('kernel', shape[::-1], axes[::-1], config.param_dtype, name='head')()
+        head = Head(config, name='head')(embedding)
         output = ModelOutput(hidden, None, routers, cache)
         if mtp or self.is_initializing():
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
@@ -278,21 +292,27 @@ def _head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
 
 
 def output_logits(
-    config: TransformerConfig, params: Any, hidden: Float[Array, 'B T D']
+    config: TransformerConfig, variables: Any, hidden: Float[Array, 'B T D']
 ) -> Float[Array, 'B T V']:
     """Returns the model's logits of its last hidden states, float32.
 
     Args:
         config: the model's.
-        params: the unboxed `params` collection.
+        variables: unboxed: `params`, and `int8` where matrices are integers.
         hidden: `ModelOutput.hidden`, or some positions of it.
     """
-    return soft_cap(hidden_logits(hidden, _head(config, params)), config.logit_soft_cap)
+    integers = variables.get(COLLECTION, {}).get('head')
+    if integers is None:
+        head = _head(config, variables['params'])
+    else:
+        head = Int8(**integers['kernel'], outputs=(config.vocab_size,))
+    return soft_cap(hidden_logits(hidden, head), config.logit_soft_cap)
 
 
-def hidden_logits(
-    hidden: Float[Array, 'B T D'], head: Float[Array, 'D V']
-) -> Float[Array, 'B T V']:
+def hidden_logits(hidden: Float[Array, 'B T D'], head: Kernel) -> Float[Array, 'B T V']:
     """Returns `hidden @ head` in float32; the factors are in the dtype of `hidden`."""
+    if isinstance(head, Int8):
+        flat = product(hidden.reshape(-1, hidden.shape[-1]), head, jnp.float32)
+        return flat.reshape(*hidden.shape[:2], -1)
     head = head.astype(hidden.dtype)
     return jnp.einsum('btd,dv->btv', hidden, head, preferred_element_type=jnp.float32)

@@ -313,6 +313,8 @@ def test_decode_rows_are_what_longer_texts_take_longer(monkeypatch: pytest.Monke
         'bandwidth': 2**28 / 1e10,
         'fractional/1/8': 1.0,
         'fractional/1/72': 3.0,
+        'fractional int8/1/8': 1.0,
+        'fractional int8/1/72': 2.0,
         'fractional/16/8': 1.0,
         'fractional/16/72': 5.0,
         'fast/1/8': 1.0,
@@ -330,16 +332,19 @@ def test_decode_rows_are_what_longer_texts_take_longer(monkeypatch: pytest.Monke
         return seconds
 
     monkeypatch.setattr(benchmark_decode, 'interleaved_medians', fake)
-    monkeypatch.setattr(benchmark_decode, 'our_writers', lambda _: {'fractional': print})
+    ours = {benchmark_decode.FLOAT32: print, benchmark_decode.INT8: print}
+    monkeypatch.setattr(benchmark_decode, 'our_writers', lambda _: ours)
     monkeypatch.setattr(benchmark_decode, 'their_writers', lambda _: {'fast': print, 'slow': print})
     rows = {row['name']: row for row in benchmark_decode.decode_rows()}
     limit = 1e10 / (4 * active)
     assert {name: row['value'] for name, row in rows.items()} == {
         'decode/batch1': 32.0,
+        'decode/batch1/int8': 64.0,
         'decode/batch1/transformers': 8.0,
         'decode/batch16': 256.0,
     }
     assert math.isclose(rows['decode/batch1']['reference'], limit)
+    assert rows['decode/batch1/int8']['ratio'] == 2.0
     assert math.isclose(rows['decode/batch1/transformers']['reference'], limit)
     assert rows['decode/batch16']['reference'] == 128.0
     assert rows['decode/batch16']['ratio'] == 2.0
@@ -350,5 +355,5 @@ def test_decode_writes_as_many_tokens_as_it_is_asked_for() -> None:
     config = dataclasses.replace(
         benchmark_decode.CONFIG, vocab_size=32, num_layers=1, embed_dim=16, mlp_dim=8
     )
-    (writer,) = benchmark_decode.our_writers(config).values()
-    assert writer(2, 3).shape == (2, 3)
+    for writer in benchmark_decode.our_writers(config).values():
+        assert writer(2, 3).shape == (2, 3)

@@ -100,6 +100,8 @@ def test_other_settings_prompts_or_files_are_refused(run, tmp_path):
     with pytest.raises(InputError, match='begun with another max_new_tokens, temperature'):
         run(max_new_tokens=5, temperature=0.5)
     (tmp_path / 'other.jsonl').write_text('{"prompt": "x"}\n')
+    with pytest.raises(InputError, match='begun with another model'):
+        run(int8=True)
     with pytest.raises(InputError, match='begun with another prompts'):
         run(prompts=str(tmp_path / 'other.jsonl'))
     with pytest.raises(InputError, match='was not written by this command'):

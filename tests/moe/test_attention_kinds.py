@@ -174,7 +174,7 @@ def test_capped_logits_are_no_product_with_a_head():
     head = np.asarray(variables['params']['head']['kernel'], np.float64)
     expected = 5 * np.tanh(np.asarray(out.hidden, np.float64) @ head / 5)
     np.testing.assert_allclose(out.logits, expected, atol=1e-5)
-    logits = output_logits(SMALL, variables['params'], out.hidden)
+    logits = output_logits(SMALL, variables, out.hidden)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     with pytest.raises(InputError, match='logit_soft_cap is None; received 5'):
         output_head(SMALL, variables['params'])
