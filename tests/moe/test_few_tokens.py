@@ -31,7 +31,8 @@ def one_at_a_time(x, weights, gate_up, down, biases):
 def forms():
     def with_forms(form):
         def run(x, weights, gate_up, down, *biases):
-            experts = (gate_up, down, ExpertBiases(*biases) if biases else None)
+            both = gate_up.reshape(E, D, -1)
+            experts = (both, down, ExpertBiases(*biases) if biases else None)
             return form(x, jnp.asarray(IDS), weights, *experts, activation='silu')
 
         return run
