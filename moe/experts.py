@@ -208,7 +208,7 @@ class MoELayer(nn.Module):
     def _expert_weights(self, dim: int) -> tuple[Kernel, Kernel, ExpertBiases | None]:
         fused = self.config.storage == 'fused'
         params = self._fused_params(dim) if fused else self._separate_params(dim)
-        params = {
+        params: dict[str, Any] = {
             name: value if isinstance(value, Int8) else value.astype(self.dtype)
             for name, value in params.items()
         }

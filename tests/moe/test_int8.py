@@ -152,5 +152,5 @@ def test_a_mesh_and_experts_stored_one_by_one_are_refused():
     with pytest.raises(InputError, match='one device; the model has a mesh'):
         quantise(model, {})
     apart = dataclasses.replace(CONFIG.moe, storage='per_expert')
-    with pytest.raises(InputError, match="moe.storage='fused'.* is 'per_expert'"):
+    with pytest.raises(InputError, match=r"moe\.storage='fused'.* has 'per_expert'"):
         quantise(Transformer(dataclasses.replace(CONFIG, moe=apart)), {})
