@@ -12,6 +12,7 @@ conditions. Of times the ratio is the share of the reference's rate, 1.0 is as f
 is value / reference.
 """
 
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from experiments.benchmark_decode import decode_rows
 from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import ROWS, loss_rows, memory_rows
 from experiments.benchmark_moe import EXPERT_SHAPES, moe_rows
+from experiments.benchmark_overlap import overlap_rows
 from experiments.benchmark_step import step_rows, student_config, teacher_config
 from experiments.benchmark_tpu import CHIPS, tpu_rows
 from moe.errors import InputError
@@ -78,7 +80,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _tpu() -> Iterator[Row]:
-    return tpu_rows(chips=_CHIPS.value)
+    return itertools.chain(tpu_rows(chips=_CHIPS.value), overlap_rows(chips=_CHIPS.value))
 
 
 def _loss() -> list[Row]:

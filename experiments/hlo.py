@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 _ARRAY = re.compile(r'\b(?:pred|[subf]\d+|bf16|f8\w+)\[([\d,]+)\]')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%(\S+) = (.*)$', re.MULTILINE)
-_EXCHANGE = re.compile(r' ragged-all-to-all(-start|-done)?\(%([^\s,)]+)')
-_KERNEL = 'custom_call_target="tpu_custom_call"'
+_EXCHANGE = re.compile(r' (?:ragged-)?all-to-all(-start|-done)?\(%([^\s,)]+)')
+# Kernels, and what the compiler makes of a matrix product and what follows it.
+_PRODUCT = re.compile(r'custom_call_target="tpu_custom_call"|kind=kOutput')
 
 
 def array_sizes(text: str) -> dict[tuple[int, ...], int]:
@@ -52,15 +53,15 @@ class Exchange(NamedTuple):
 
     Attributes:
         elements: of the buffer that it fills.
-        kernels: that run between its start and its end; none where the program waits for it.
+        products: that run between its start and its end; none where the program waits for it.
     """
 
     elements: int
-    kernels: int
+    products: int
 
 
 def exchanges(text: str) -> list[Exchange]:
-    """Reads every ragged exchange of a scheduled program, in the order in which they end.
+    """Reads every exchange of a scheduled program for TPUs, in the order in which they end.
 
     Args:
         text: of the compiled program, whose entry lists instructions as they are issued.
@@ -71,18 +72,18 @@ def exchanges(text: str) -> list[Exchange]:
     if '\nENTRY ' not in text:
         raise ValueError('The text of a compiled program must have an ENTRY; received none.')
     entry = text.split('\nENTRY ', 1)[1]
-    found, started, kernels = [], {}, 0
+    found, started, products = [], {}, 0
     for name, body in _INSTRUCTION.findall(entry):
-        kernels += _KERNEL in body
+        products += _PRODUCT.search(body) is not None
         exchange = _EXCHANGE.search(body)
         if exchange is None:
             continue
         stage, first_operand = exchange.groups()
         if stage == '-start':
-            started[name] = kernels
+            started[name] = products
             continue
         (shape,) = _ARRAY.findall(body[: exchange.start()])
         size = math.prod(int(n) for n in shape.split(','))
-        since = started.get(first_operand, kernels)
-        found.append(Exchange(size, kernels - since))
+        since = started.get(first_operand, products)
+        found.append(Exchange(size, products - since))
     return found

@@ -25,6 +25,7 @@ from distill.types import Batch, TrainState
 from experiments.signals import StopSignal
 from experiments.watch import Watch
 from moe.errors import InputError
+from moe.exchange import compiler_options
 from moe.sharding import abstract_variables, batch_sharding, variable_shardings
 from moe.transformer import Transformer
 
@@ -221,4 +222,5 @@ def _compile(run: Run, shardings: TrainState) -> CompiledStep:
         in_shardings=(shardings, teacher, batch_sharding(run.mesh)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+        compiler_options=compiler_options(run.mesh),
     )

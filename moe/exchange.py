@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 AXIS = 'expert'
@@ -37,6 +38,23 @@ class Bounds(NamedTuple):
     def reversed(self) -> 'Bounds':
         """Those of the way back."""
         return Bounds(self.received, self.sent, self.pair)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Options for `jax.jit` under which exchanges need not be waited for.
+
+    A TPU's compiler runs them beneath other work if it is told to; elsewhere there is nothing to
+    tell. In one piece there is little to run meanwhile: see `MoEConfig.exchange_chunks`.
+
+    Args:
+        mesh: that the program runs on.
+    """
+    if mesh.devices.flat[0].platform != 'tpu' or mesh.shape[AXIS] == 1:
+        return {}
+    return {
+        'xla_tpu_enable_async_all_to_all': True,
+        'xla_tpu_enable_async_ragged_all_to_all': True,
+    }
 
 
 def exchange_bounds(

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from experiments import benchmark_tpu
+from experiments import benchmark_overlap, benchmark_tpu
+from experiments.benchmark_overlap import overlap_rows
 from experiments.benchmark_tpu import LayerShape, tpu_rows
 from moe.errors import InputError
 
@@ -40,3 +41,30 @@ def test_an_unknown_chip_and_a_missing_compiler_are_messages(
 def test_the_compiled_layer_has_the_products_flops() -> None:
     flops, _ = tpu_rows(chips=['v5p'], layers=[LayerShape(16, 2, 256, 512)], tokens=1024)
     assert 0.95 < flops['ratio'] < 1.05
+
+
+SCHEDULES = {
+    1: '\nENTRY %main (x: f32[2]) -> f32[2] {\n  %y = f32[6,2]{1,0} all-to-all(%x)\n',
+    2: """
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %s = ((f32[6]{0}), f32[6]{0}) all-to-all-start(%x)
+  %p = f32[2]{0} fusion(%x), kind=kOutput, calls=%f
+  %d = f32[6]{0} all-to-all-done(%s)
+  %y = f32[2]{0} all-to-all(%d)
+""",
+}
+
+
+def test_overlap_is_the_share_that_travels_under_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_overlap, '_program', lambda _1, _2, chunks, _3: SCHEDULES[chunks])
+    whole, parts = overlap_rows(chips=['v5p'], methods=['grouped'], chunks=(1, 2))
+    assert whole['name'] == 'tpu/v5p/overlap/grouped/chunks1'
+    assert (whole['value'], whole['ratio']) == (0, 0)
+    assert math.isclose(whole['reference'], 12e-6)
+    assert math.isclose(parts['ratio'], 6 / 8)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='the extra tpu')
+def test_chunks_travel_under_products() -> None:
+    whole, parts = overlap_rows(chips=['v5p'], methods=['capacity'], chunks=(1, 2), tokens=512)
+    assert whole['ratio'] < 0.5 < parts['ratio']

@@ -47,14 +47,15 @@ ENTRY %main.1 (x: bf16[4,2]) -> bf16[4,2] {
   %done = bf16[5,3]{1,0:T(8,128)(2,1)} ragged-all-to-all-done(%start), metadata={}
   %y = bf16[5,2]{1,0} custom-call(%z, %v), custom_call_target="tpu_custom_call", backend_config={}
   %c = s32[5]{0} custom-call(%z), custom_call_target="AllocateBuffer"
-  %v = bf16[5,2]{1,0} custom-call(%y, %v), custom_call_target="tpu_custom_call"
+  %v = bf16[5,2]{1,0} fusion(%y, %v), kind=kOutput, calls=%f
+  %w = bf16[5,2]{1,0} fusion(%y, %v), kind=kLoop, calls=%f
   %done.1 = bf16[5,2]{1,0:T(8,128)(2,1)} ragged-all-to-all-done(%start.1), metadata={}
-  ROOT %out = bf16[4,7]{1,0} ragged-all-to-all(%v, %e, %s)
+  ROOT %out = bf16[4,7]{1,0} all-to-all(%v), dimensions={0}
 }
 """
 
 
-def test_kernels_are_counted_between_an_exchange_s_start_and_its_end() -> None:
+def test_products_are_counted_between_an_exchange_s_start_and_its_end() -> None:
     assert exchanges(SCHEDULE) == [Exchange(15, 0), Exchange(10, 2), Exchange(28, 0)]
     with pytest.raises(ValueError, match='must have an ENTRY'):
         exchanges('no program')

@@ -1,6 +1,7 @@
 """Rows travel to the shards that want them: by hand, in float64, and as other platforms do it."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from moe.exchange import Bounds, accepted_counts, exchange_rows, segment_of
+from moe.exchange import (
+    Bounds,
+    accepted_counts,
+    compiler_options,
+    exchange_rows,
+    segment_of,
+)
 from moe.expert_parallel import expert_parallel_dispatch
 
 SHARDS, D = 4, 3
@@ -149,3 +156,15 @@ def test_one_program_has_the_collective_of_each_platform(text_of, platform, ragg
     text = text_of(platform)
     assert text.count('@ragged_all_to_all') == ragged
     assert text.count('stablehlo.all_to_all') == padded
+
+
+def test_only_exchanges_between_tpus_have_options() -> None:
+    def mesh(platform: str, shards: int):
+        device = types.SimpleNamespace(platform=platform)
+        return types.SimpleNamespace(devices=np.array([device]), shape={'expert': shards})
+
+    assert compiler_options(mesh('tpu', 2)) == {
+        'xla_tpu_enable_async_all_to_all': True,
+        'xla_tpu_enable_async_ragged_all_to_all': True,
+    }
+    assert compiler_options(mesh('tpu', 1)) == compiler_options(mesh('cpu', 2)) == {}
