@@ -6,6 +6,7 @@
     python -m experiments.benchmark step    a distillation step beside its bare matrix products
     python -m experiments.benchmark decode  tokens a second beside memory's speed and transformers
     python -m experiments.benchmark load    a published model's loading beside its largest tensor
+    python -m experiments.benchmark cache   targets on disk: bytes, reading, what writing adds
 
 Figures are printed, and written with --json=PATH as rows of name, value, unit, reference, ratio and
 conditions. Of times the ratio is the share of the reference's rate, 1.0 is as fast; of all else it
@@ -21,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from experiments import benchmark_peer, cli
+from experiments.benchmark_cache import cache_rows
 from experiments.benchmark_decode import decode_rows
 from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import ROWS, loss_rows, memory_rows
@@ -44,6 +46,7 @@ _PEER = flags.DEFINE_boolean(
     'peer', True, "moe: also transformers' experts, where the extra hf-test is installed."
 )
 _CHIPS = flags.DEFINE_list('chips', list(CHIPS), 'tpu: the kinds of chip.')
+_SOURCE = flags.DEFINE_string('source', 'python', 'cache: the text, as config.data.source.')
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'loss, step: V.', lower_bound=1)
 
 Row = dict[str, Any]
@@ -100,6 +103,10 @@ def _decode() -> Iterator[Row]:
     return decode_rows(repeats=_REPEATS.value)
 
 
+def _cache() -> Iterator[Row]:
+    return cache_rows(_SOURCE.value, repeats=_REPEATS.value)
+
+
 COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {
     'moe': _moe,
     'tpu': _tpu,
@@ -107,6 +114,7 @@ COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {
     'step': _step,
     'decode': _decode,
     'load': load_rows,
+    'cache': _cache,
 }
 
 

@@ -16,6 +16,7 @@ from absl.testing import flagsaver
 
 from distill.timing import interleaved_medians
 from experiments import benchmark, benchmark_decode, benchmark_moe, benchmark_peer, cli
+from experiments.benchmark_cache import cache_rows
 from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import loss_rows, memory_rows
 from experiments.benchmark_moe import moe_rows
@@ -27,8 +28,10 @@ from experiments.benchmark_step import (
     student_config,
     teacher_config,
 )
+from experiments.benchmark_text import Sizes
 from moe.accounting import flops_per_token, parameter_report
 
+WORDS = 'the cat sat on the mat, while a dog returned to import its definition'
 KEYS = {'name', 'value', 'unit', 'reference', 'ratio', 'conditions'}
 
 
@@ -49,6 +52,23 @@ def test_load_rows_measure_memory_and_rate() -> None:
     # The embedding, [64 * 32, 32] in float32, is the largest.
     assert memory['reference'] == 64 * 32 * 32 * 4 / 1e9
     assert 'D=32, L=1' in memory['conditions']
+
+
+def test_cache_rows_are_of_what_lies_on_disk(tmp_path: pathlib.Path) -> None:
+    for number in range(4):
+        (tmp_path / f'{number}.txt').write_text(f'{WORDS} ' * 9)
+    sizes = Sizes(270, width=8, steps=2, rows=2, length=16, batches=2, scale=8)
+    rows = {row['name']: row for row in cache_rows(f'{tmp_path}/*.txt', sizes, repeats=1)}
+    both = {f'cache/{part}/{kind}' for part in ('bytes', 'read') for kind in ('sampled', 'top_k')}
+    assert set(rows) == both | {'cache/estimate/sampled', 'cache/write/sampled'}
+    for row in rows.values():
+        check(row)
+        assert 'V=270' in row['conditions']
+        assert '2 batches of 2 rows of 16 tokens' in row['conditions']
+    assert rows['cache/bytes/sampled']['reference'] == 36
+    assert rows['cache/bytes/top_k']['reference'] == 160
+    # 64 ids, of two bytes each, and as many falls: less than a byte of each is not to be had.
+    assert 64 < rows['cache/bytes/top_k']['value'] < 1000
 
 
 def test_moe_rows_measure_every_dispatch_against_the_mlp() -> None:
@@ -258,8 +278,8 @@ def test_prints_and_writes_rows(
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        ((), 'name one of moe, tpu, loss, step, decode, load; received none'),
-        (('mo',), "name one of moe, tpu, loss, step, decode, load; received 'mo'"),
+        ((), 'name one of moe, tpu, loss, step, decode, load, cache; received none'),
+        (('mo',), "name one of moe, tpu, loss, step, decode, load, cache; received 'mo'"),
         (('moe', 'loss'), "'loss' is no flag"),
         (('moe', '--experts=x'), '--experts must be whole numbers of at least 2'),
         (('moe', '--experts=8,1'), "received '8,1'"),
