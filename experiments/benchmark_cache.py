@@ -34,7 +34,7 @@ DISTINCT, TOP = 12.0, 64
 
 def cache_rows(
     source: str = 'python',
-    sizes: Sizes = Sizes(),
+    sizes: Sizes = Sizes(),  # noqa: B008  frozen
     *,
     repeats: int = 3,
 ) -> Iterator[Row]:
