@@ -169,8 +169,8 @@ def _require_fused_on_one_device(model: Any) -> None:
     moe = model.config.moe
     if moe is not None and moe.storage != 'fused':
         raise InputError(
-            "Integers of 8 bits need moe.storage='fused', a layer's experts in one array; the model "
-            f'has {moe.storage!r}. Leave out the quantisation.'
+            "Integers of 8 bits need moe.storage='fused', a layer's experts in one array; the "
+            f'model has {moe.storage!r}. Leave out the quantisation.'
         )
 
 
