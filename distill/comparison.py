@@ -18,6 +18,14 @@ Comparison = Mapping[str, Any]
 Curve = Sequence[Mapping[str, Any]]
 
 TRAINED = ('student', 'control')
+# Of the table, where some model has them.
+COLUMNS = {
+    'bits_per_byte': 'bits per byte',
+    'kl_from_teacher': 'KL from teacher',
+    'kl_on_own_text': 'KL on own text',
+    'top1_agreement': 'agreement',
+    'calibration_error': 'calibration error',
+}
 COLORS = ('#c2570c', '#0f766e', '#6d28d9', '#1d4ed8', '#be185d', '#64748b')
 
 
@@ -70,25 +78,27 @@ def comparison_table(compared: Comparison, baseline: str) -> str:
         baseline: as there.
 
     Returns:
-        Lines without a trailing newline; an interval stands in brackets.
+        Lines without a trailing newline; an interval stands in brackets. Metrics that no model has
+        have no column.
     """
-    lines = [
-        f'| variant | model | bits per byte | more than {baseline} | KL from teacher | agreement |',
-        '|---|---|---:|---:|---:|---:|',
-    ]
+    models = [model for parts in compared.values() for model in parts['models'].values()]
+    metrics = [metric for metric in COLUMNS if any(metric in model for model in models)]
+    head, *rest = (COLUMNS[metric] for metric in metrics)
+    names = ['variant', 'model', head, f'more than {baseline}', *rest]
+    lines = [f'| {" | ".join(names)} |', f'|---|---|{"---:|" * (len(names) - 2)}']
     for name, parts in compared.items():
         for who in TRAINED:
             model, difference = parts['models'][who], parts['difference'][who]
             if not model:
                 continue
-            cells = [
-                _cell(model.get('bits_per_byte')),
-                _cell(difference.get('bits_per_byte'), '{:+.3f}'.format),
-                _cell(model.get('kl_from_teacher')),
-                _cell(model.get('top1_agreement'), percent),
-            ]
-            lines.append(f'| {name} | {who} | {" | ".join(cells)} |')
+            first, *others = (_cell(model.get(metric), _form(metric)) for metric in metrics)
+            more = _cell(difference.get(metrics[0]), '{:+.3f}'.format)
+            lines.append(f'| {" | ".join([name, who, first, more, *others])} |')
     return '\n'.join(lines)
+
+
+def _form(metric: str) -> Any:
+    return percent if metric == 'top1_agreement' else '{:.3f}'.format
 
 
 def _cell(estimate: Mapping[str, Any] | None, form: Any = '{:.3f}'.format) -> str:
@@ -111,13 +121,17 @@ def comparison_picture(
         tokens_per_step: of a batch.
 
     Returns:
-        The figure. Left, the mean over seeds and the range between them, as moving averages; right,
-        a point for each seed, and the mean with its 95 % t-interval.
+        The figure. Left, the mean over seeds and the range between them, as moving averages, of the
+        cross-entropy where all have logged it, else of each one's own loss; right, a point for each
+        seed, and the mean with its 95 % t-interval.
     """
     figure, (left, right) = panels(2, height=3.6)
+    every = [curve for seeds in curves.values() for curve in seeds]
+    shared = all(any('cross_entropy' in row for row in curve) for curve in every)
+    measured = 'cross_entropy' if shared else 'loss'
     ends = []
     for color, (name, seeds) in zip(COLORS, curves.items(), strict=False):
-        found = [_points(rows) for rows in seeds]
+        found = [_points(rows, measured) for rows in seeds]
         steps = found[0][0] * tokens_per_step
         values = np.stack([moving_average(y) for _, y in found])
         mean = values.mean(axis=0)
@@ -125,15 +139,16 @@ def comparison_picture(
         left.plot(steps, mean, color=color, linewidth=2)
         ends.append((float(steps[-1]), float(mean[-1]), name))
     left.set_xlabel('Tokens')
-    left.set_ylabel('Cross-entropy of students, nats per token')
+    title = {'cross_entropy': 'Cross-entropy', 'loss': 'Own loss'}[measured]
+    left.set_ylabel(f'{title} of students, nats per token')
     left.xaxis.set_major_formatter(EngFormatter(sep=''))
     name_ends(left, ends)
     _draw_held_out(right, compared)
     return figure
 
 
-def _points(rows: Curve) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row['step'], row['cross_entropy']) for row in rows if 'cross_entropy' in row]
+def _points(rows: Curve, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(row['step'], row[metric]) for row in rows if metric in row]
     steps, values = np.array(points, np.float64).T
     return steps, values
 

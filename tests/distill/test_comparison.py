@@ -47,11 +47,25 @@ def test_differences_are_of_the_same_seed():
 
 def test_the_table_letter_by_letter():
     rows = comparison_table(compare_variants(RUNS, 'plain'), 'plain').splitlines()
-    assert rows[0].split(' | ')[2:4] == ['bits per byte', 'more than plain']
-    assert rows[2] == '| plain | student | 3.000 (0.516 to 5.484) |  |  |  |'
-    assert rows[3] == (
-        '| new | student | 2.000 (-0.151 to 4.151) | -1.000 (-2.242 to +0.242) |  |  |'
+    assert rows[0] == '| variant | model | bits per byte | more than plain |'
+    assert rows[1] == '|---|---|---:|---:|'
+    assert rows[2] == '| plain | student | 3.000 (0.516 to 5.484) |  |'
+    assert rows[3] == '| new | student | 2.000 (-0.151 to 4.151) | -1.000 (-2.242 to +0.242) |'
+
+
+def test_the_table_has_the_columns_that_some_model_has():
+    one, other = summary(2.0), summary(1.0)
+    one['models']['student'] |= {
+        'calibration_error': {'value': 0.25},
+        'top1_agreement': {'value': 0.5},
+    }
+    other['models']['student']['calibration_error'] = {'value': 0.125}
+    rows = comparison_table(compare_variants({'x': [one], 'y': [other]}, 'x'), 'x').splitlines()
+    assert rows[0] == (
+        '| variant | model | bits per byte | more than x | agreement | calibration error |'
     )
+    assert rows[2] == '| x | student | 2.000 |  | 50.0 % | 0.250 |'
+    assert rows[3] == '| y | student | 1.000 | -1.000 |  | 0.125 |'
 
 
 def test_the_picture_has_a_line_for_each_variant_and_a_point_for_each_seed():
@@ -69,3 +83,13 @@ def test_the_picture_has_a_line_for_each_variant_and_a_point_for_each_seed():
     assert points == [[2.0, 3.0, 4.0], [1.0, 2.5, 2.5]]
     labels = [label.get_text() for label in right.get_xticklabels()]
     assert labels == ['plain\nstudent', 'new\nstudent']
+
+
+def test_students_without_a_shared_measure_are_drawn_by_their_own_loss():
+    has = [{'step': 1, 'cross_entropy': 4.0, 'loss': 2.0}, {'step': 2, 'gradient_norm': 1.0}]
+    lacks = [{'step': 1, 'loss': 3.0}]
+    curves = {'plain': [has] * 3, 'new': [lacks] * 3}
+    figure = comparison_picture(compare_variants(RUNS, 'plain'), curves, tokens_per_step=10)
+    left = figure.axes[0]
+    assert [line.get_xydata().tolist() for line in left.lines] == [[[10, 2]], [[10, 3]]]
+    assert left.get_ylabel() == 'Own loss of students, nats per token'
