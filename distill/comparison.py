@@ -26,6 +26,8 @@ COLUMNS = {
     'top1_agreement': 'agreement',
     'calibration_error': 'calibration error',
 }
+# Labels below one another; more are slanted.
+MOST_UPRIGHT = 4
 COLORS = ('#c2570c', '#0f766e', '#6d28d9', '#1d4ed8', '#be185d', '#64748b')
 
 
@@ -142,7 +144,7 @@ def comparison_picture(
     title = {'cross_entropy': 'Cross-entropy', 'loss': 'Own loss'}[measured]
     left.set_ylabel(f'{title} of students, nats per token')
     left.xaxis.set_major_formatter(EngFormatter(sep=''))
-    name_ends(left, ends)
+    name_ends(left, ends, dict(zip(curves, COLORS, strict=False)))
     _draw_held_out(right, compared)
     return figure
 
@@ -168,5 +170,8 @@ def _draw_held_out(axes: Axes, compared: Comparison) -> None:
             reach = measured.get('high', mean) - mean
             axes.errorbar(at + 0.18, mean, reach, fmt='o', color=color, markersize=6, capsize=4)
     axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    if len(ticks) > MOST_UPRIGHT:
+        slanted = [tick.replace('\n', ' ') for tick in ticks]
+        axes.set_xticklabels(slanted, rotation=40, ha='right', rotation_mode='anchor')
     axes.set_ylabel('Bits per byte, held-out')
     axes.margins(x=0.15)

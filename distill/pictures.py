@@ -181,7 +181,9 @@ def moving_average(values: np.ndarray) -> np.ndarray:
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
-def name_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
+def name_ends(
+    axes: Axes, ends: list[tuple[float, float, str]], colors: Mapping[str, str] = COLORS
+) -> None:
     """Writes each curve's name right of its end, pushed apart where names would overlap."""
     if not ends:
         return
@@ -198,7 +200,7 @@ def name_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
             va='center',
             fontsize=9.5,
             fontweight='bold',
-            color=COLORS.get(name, INK),
+            color=colors.get(name, INK),
             annotation_clip=False,
         )
     axes.margins(x=0.02)

@@ -79,6 +79,7 @@ def test_the_picture_has_a_line_for_each_variant_and_a_point_for_each_seed():
     left, right = figure.axes
     assert [line.get_xydata().tolist() for line in left.lines] == [[[10, 5], [30, 3]]] * 2
     assert [text.get_text() for text in left.texts] == ['plain', 'new']
+    assert [t.get_color() for t in left.texts] == [line.get_color() for line in left.lines]
     points = [line.get_ydata().tolist() for line in right.lines if len(line.get_ydata()) == 3]
     assert points == [[2.0, 3.0, 4.0], [1.0, 2.5, 2.5]]
     labels = [label.get_text() for label in right.get_xticklabels()]
