@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from launching import KILL, MESH, STEPS, TERMINATE, Launcher
+from launching import KILL, MESH, STEPS, TERMINATE, Launcher, metric_rows
 from test_processes import run_two
 
 from distill.cache import CachedTargets, read_manifest
@@ -91,6 +91,26 @@ def test_two_processes_write_what_one_does(
     assert two.keys() == one.keys()
     # Sums over another number of devices round differently: a draw may cross to the next id.
     assert sum(two[key] == one[key] for key in one) > 0.9 * ROWS
+
+
+def test_cached_and_online_targets_give_equal_losses(
+    launcher: Launcher, uninterrupted: pathlib.Path, written: pathlib.Path, tmp_path: pathlib.Path
+):
+    known = ('--config.targets.cached=True', f'--config.targets.path={written / "targets"}')
+    rows = {}
+    for name, stages, flags in (('cached', 'targets,student', known), ('online', 'student', ())):
+        workdir = given_teacher(uninterrupted, tmp_path / name)
+        steps = ('--config.student.train.steps=3', '--config.student.optimizer.warmup_steps=1')
+        own = launcher.flags(workdir, f'--stages={stages}', *SAMPLED, *flags, *steps, *MESH)
+        finished = launcher.run(*own)
+        assert finished.status == 0, finished.output
+        rows[name] = metric_rows(workdir, 'student')
+    for metric in ('teacher_cross_entropy', 'cross_entropy', 'loss'):
+        found = [[row[metric] for row in rows[name]] for name in rows]
+        assert len(found[0]) == 3
+        # Another program rounds the teacher otherwise: a draw may cross to the next id, whereas
+        # other draws of this many tokens would differ by some percent.
+        np.testing.assert_allclose(*found, rtol=2e-3, err_msg=metric)
 
 
 def test_damage_is_told_by_the_name_of_the_file(
