@@ -8,6 +8,7 @@ contents.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.config import Activation
 from moe.expert_mlp import ExpertBiases, weighted_hidden
+from moe.few_rows import few_rows_mlp, tile_size
 from moe.grouped_matmul import (
     accumulator,
     dot,
@@ -95,9 +97,16 @@ def _mlp(activation: Activation, *operands: Array) -> Array:
 
 def _output(activation: Activation, keep: bool, *operands: Kernel) -> tuple[Array, Array | None]:
     """Returns the output, and where it is to be kept what the activation is computed from."""
+    size = tile_size(operands[0].shape[0], operands[-1].shape[0])
+
+    def few_rows(*operands: Any) -> tuple[Array, None]:
+        assert size is not None
+        return few_rows_mlp(activation, *operands, size=size), None
+
+    many_rows = functools.partial(_looped, activation, keep)
     return jax.lax.platform_dependent(
         *operands,
-        cpu=functools.partial(_looped, activation, keep),
+        cpu=many_rows if keep or size is None else few_rows,
         default=functools.partial(_ragged, activation, keep),
     )
 
