@@ -50,7 +50,7 @@ class Sizes:
     steps: int = 40
     rows: int = 8
     length: int = 256
-    batches: int = 4
+    batches: int = 8
     scale: int = 1
 
 
