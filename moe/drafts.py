@@ -57,8 +57,10 @@ class Proposal(NamedTuple):
 class Draft(Protocol):
     """A source of proposals; hashable, for it is known when the program is compiled."""
 
-    def start(self, variables: Any, prompts: Array, mask: Array, num_slots: int) -> Any:
-        """Returns the state after the prompts [B, T]."""
+    def start(
+        self, variables: Any, prompts: Array, mask: Array, hidden: Array, num_slots: int
+    ) -> Any:
+        """Returns the state after the prompts [B, T], given the model's hidden states [B, T, D]."""
         ...
 
     def propose(
@@ -73,8 +75,19 @@ class Draft(Protocol):
         """Proposes `count` tokens for each row, by its own key."""
         ...
 
-    def commit(self, variables: Any, before: Any, proposal: Proposal, text: Text, kept: Any) -> Any:
-        """Returns the state after `kept` [B] tokens: the row's last and the accepted ones."""
+    def commit(
+        self,
+        variables: Any,
+        before: Any,
+        proposal: Proposal,
+        text: Text,
+        kept: Any,
+        hidden: Any,
+    ) -> Any:
+        """Returns the state after `kept` [B] tokens: the row's last and the accepted ones.
+
+        The model's hidden states [B, g + 1, D] are those of that last and of all proposed.
+        """
         ...
 
 
@@ -94,7 +107,9 @@ class PromptLookup:
         if not isinstance(self.ngram, int) or self.ngram < 1:
             raise InputError(f'ngram must be a positive integer; received {self.ngram!r}.')
 
-    def start(self, variables: Any, prompts: Array, mask: Array, num_slots: int) -> Any:
+    def start(
+        self, variables: Any, prompts: Array, mask: Array, hidden: Array, num_slots: int
+    ) -> Any:
         """There is no state: the text is all that is read."""
         return ()
 
@@ -124,7 +139,15 @@ class PromptLookup:
         found = jnp.take_along_axis(tokens, places, axis=1)
         return Proposal(found, jax.nn.one_hot(found, text.seen.shape[1]), ())
 
-    def commit(self, variables: Any, before: Any, proposal: Proposal, text: Text, kept: Any) -> Any:
+    def commit(
+        self,
+        variables: Any,
+        before: Any,
+        proposal: Proposal,
+        text: Text,
+        kept: Any,
+        hidden: Any,
+    ) -> Any:
         """There is no state."""
         return ()
 
@@ -139,7 +162,9 @@ class ModelDraft:
 
     model: Transformer
 
-    def start(self, variables: Any, prompts: Array, mask: Array, num_slots: int) -> KVCache:
+    def start(
+        self, variables: Any, prompts: Array, mask: Array, hidden: Array, num_slots: int
+    ) -> KVCache:
         """Runs the prompts."""
         return prefill(self.model, variables, prompts, mask, num_slots, slack=num_slots)[0]
 
@@ -170,7 +195,13 @@ class ModelDraft:
         return Proposal(tokens[:-1].T, probs[:-1].swapaxes(0, 1), cache)
 
     def commit(
-        self, variables: Any, before: KVCache, proposal: Proposal, text: Text, kept: Array
+        self,
+        variables: Any,
+        before: KVCache,
+        proposal: Proposal,
+        text: Text,
+        kept: Array,
+        hidden: Array,
     ) -> KVCache:
         """Sets the cache back to what was accepted."""
         tokens = jnp.concatenate([text.last[:, None], proposal.tokens], axis=1)
@@ -179,15 +210,15 @@ class ModelDraft:
 
 def prefill(
     model: Transformer, variables: Any, prompts: Array, mask: Array, num_slots: int, *, slack: int
-) -> tuple[KVCache, Float[Array, 'B D']]:
-    """Runs prompts that are padded on the left; returns the cache, and the last hidden states."""
+) -> tuple[KVCache, Float[Array, 'B T D']]:
+    """Runs prompts that are padded on the left; returns the cache, and the hidden states."""
     cache = empty_cache(model.config, len(prompts), num_slots, slack=slack)
     padding = prompts.shape[1] - mask.sum(axis=1)
     positions = jnp.maximum(jnp.arange(prompts.shape[1]) - padding[:, None], 0)
     output: Any = model.apply(
         variables, prompts, positions, mask.astype(jnp.int32), cache=cache, logits=False
     )
-    return constrain_cache(model.config, output.cache, model.mesh), output.hidden[:, -1:]
+    return constrain_cache(model.config, output.cache, model.mesh), output.hidden
 
 
 def advanced(

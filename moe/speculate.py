@@ -23,6 +23,7 @@ from moe.decode import (
 )
 from moe.drafts import Draft, ModelDraft, Proposal, Text, advanced, prefill
 from moe.errors import InputError
+from moe.module_draft import ModuleDraft
 from moe.sampling import (
     Sampling,
     SamplingRows,
@@ -75,7 +76,7 @@ def speculate(
         params: its parameters, or all its variables.
         prompts: ids in [0, V): padded on the left to one length, or a list of any lengths.
         draft: where proposals come from.
-        draft_params: of the draft's model, where it has one.
+        draft_params: of a `ModelDraft`'s model.
         num_draft: tokens it proposes at a time.
         max_new_tokens: `N`, how many to write in each row.
         sampling: of all rows, or of each; the draft's model draws by it too.
@@ -84,7 +85,7 @@ def speculate(
         stop_ids: each ends a row, as its last token.
 
     Raises:
-        InputError: as `write`; or where the draft has another vocabulary.
+        InputError: as `write`; or where the draft has another vocabulary, or the model no module.
 
     Source: arXiv 2211.17192, section 2.3.
     """
@@ -95,7 +96,8 @@ def speculate(
     check_writing(model, prompts, mask, max_new_tokens, stops, 0)
     draft, draft_variables = _checked_draft(model, draft, draft_params, num_draft)
     run = _Run(dropless(model), draft, num_draft, max_new_tokens, stops)
-    variables = (checked_variables(model, params), draft_variables)
+    own = checked_variables(model, params)
+    variables = (own, own if isinstance(draft, ModuleDraft) else draft_variables)
     rows, keys = sampling_of(sampling, len(prompts)), keys_of(key, len(prompts))
     return _speculate(
         run, variables, jnp.asarray(prompts, jnp.int32), jnp.asarray(mask), rows, keys
@@ -107,6 +109,14 @@ def _checked_draft(
 ) -> tuple[Draft, Any]:
     if not isinstance(num_draft, int) or num_draft < 1:
         raise InputError(f'num_draft must be a positive integer; received {num_draft!r}.')
+    if isinstance(draft, ModuleDraft):
+        if model.config.mtp_depth < 1 or draft.model.config != model.config:
+            raise InputError(
+                'A ModuleDraft must be of the model that writes, with mtp_depth of 1 or more; '
+                f'received mtp_depth={draft.model.config.mtp_depth}. Train the model with '
+                'prediction modules, or draft by PromptLookup.'
+            )
+        return ModuleDraft(dropless(model)), None
     if not isinstance(draft, ModelDraft):
         return draft, None
     own, other = model.config.vocab_size, draft.model.config.vocab_size
@@ -157,7 +167,7 @@ def _started(
     (B, T), N, (own, draft) = prompts.shape, run.max_new_tokens, variables
     slots, config = T + N + run.num_draft + 1, run.model.config
     cache, hidden = prefill(run.model, own, prompts, mask, slots, slack=run.num_draft + 1)
-    logits = output_logits(config, own, hidden)[:, 0]
+    logits = output_logits(config, own, hidden[:, -1:])[:, 0]
     seen = seen_tokens(prompts, mask, config.vocab_size)
     penalised = penalise(logits, seen, rows.repetition_penalty)
     first = sample(penalised, rows, row_keys(keys, jnp.zeros(B, jnp.int32)))
@@ -177,7 +187,7 @@ def _started(
     state = _State(
         text=text,
         cache=cache,
-        draft=run.draft.start(draft, prompts, mask, slots),
+        draft=run.draft.start(draft, prompts, mask, hidden, slots),
         done=jnp.zeros(B, bool),
         written=empty,
         passes=jnp.zeros(B, jnp.int32),
@@ -201,7 +211,7 @@ def _step(run: _Run, variables: Any, rows: SamplingRows, keys: Array, state: _St
     cache = advanced(run.model, own, state.cache, output.cache, tokens, text.padding, kept)
     state = state._replace(
         cache=cache,
-        draft=run.draft.commit(draft, state.draft, proposal, text, kept),
+        draft=run.draft.commit(draft, state.draft, proposal, text, kept, output.hidden),
         passes=state.passes + ~state.done,
     )
     chosen = jnp.concatenate([proposal.tokens, new[:, None]], axis=1)

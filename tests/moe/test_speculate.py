@@ -22,9 +22,10 @@ from moe.config import (
 from moe.decode import write
 from moe.drafts import ModelDraft, PromptLookup, Text
 from moe.errors import InputError
+from moe.module_draft import ModuleDraft
 from moe.sampling import Sampling, sampling_rows
 from moe.speculate import judge, speculate
-from moe.transformer import Transformer
+from moe.transformer import Transformer, output_logits
 
 V = 6
 TINY = TransformerConfig(V, 1, 8, 8, AttentionConfig(2, 1, 4), scan_layers=False)
@@ -51,6 +52,8 @@ def model_of(config: TransformerConfig, seed: int = 0):
 def draft_of(kind: str, config: TransformerConfig):
     if kind == 'lookup':
         return {'draft': PromptLookup(1)}
+    if kind == 'module':
+        return {'draft': ModuleDraft(Transformer(config))}
     model, params = model_of(config, 7)
     # What is nearly the same model agrees now and then.
     own = model_of(config)[1]
@@ -59,7 +62,12 @@ def draft_of(kind: str, config: TransformerConfig):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'config'), [('lookup', dataclasses.replace(TINY, vocab_size=24)), ('model', MIXED)]
+    ('kind', 'config'),
+    [
+        ('lookup', dataclasses.replace(TINY, vocab_size=24)),
+        ('model', MIXED),
+        ('module', dataclasses.replace(TINY, vocab_size=24, mtp_depth=1)),
+    ],
 )
 def test_greedy_text_is_that_of_the_model_alone(kind, config):
     model, params = model_of(config)
@@ -92,10 +100,11 @@ def exact_distribution(model, params, prompt, sampling: Sampling, length: int) -
     return probs
 
 
-@pytest.mark.parametrize('kind', ['lookup', 'model'])
+@pytest.mark.parametrize('kind', ['lookup', 'model', 'module'])
 @pytest.mark.parametrize('sampling', [Sampling(1.2), Sampling(0.8, top_k=3)])
 def test_what_is_drawn_has_the_distribution_of_the_model_alone(kind, sampling):
-    model, params = model_of(TINY)
+    config = dataclasses.replace(TINY, mtp_depth=int(kind == 'module'))
+    model, params = model_of(config)
     prompt, B = [1, 2, 1], 6000
     found = speculate(
         model,
@@ -105,7 +114,7 @@ def test_what_is_drawn_has_the_distribution_of_the_model_alone(kind, sampling):
         max_new_tokens=3,
         sampling=sampling,
         key=jax.random.key(11),
-        **draft_of(kind, TINY),
+        **draft_of(kind, config),
     )
     expected = exact_distribution(model, params, prompt, sampling, 3).reshape(-1)
     tokens = np.asarray(found.written.tokens)
@@ -160,6 +169,33 @@ def test_look_up_proposes_what_followed_the_last_time():
     np.testing.assert_array_equal(proposal.probs.argmax(-1), proposal.tokens)
 
 
+def test_a_module_proposes_what_it_says_of_the_whole_text():
+    model, params = model_of(dataclasses.replace(TINY, mtp_depth=1))
+    whole = jnp.asarray([[1, 2, 1, 5, 3, 4, 2], [3, 3, 0, 4, 1, 2, 5]])
+    padded = jnp.asarray([[1, 2, 1, 5, 3, 4, 2], [0, 0, 3, 3, 0, 4, 1]])
+    padding, keys = jnp.asarray([0, 2]), jax.random.split(jax.random.key(0), 2)
+    rows, draft = sampling_rows([Sampling()] * 2), ModuleDraft(model)
+    mask = jnp.arange(7) >= padding[:, None]
+    positions = jnp.maximum(jnp.arange(7) - padding[:, None], 0)
+    hidden = model.apply(params, padded, positions, mask.astype(jnp.int32)).hidden
+    said = model.apply(params, whole, mtp=True).ahead[0].hidden
+    expected = jax.nn.softmax(output_logits(model.config, params, said))
+
+    def proposed(state, length):
+        text = Text(padded, jnp.full(2, length), padding, jnp.zeros((2, V), bool))
+        proposal = draft.propose(params, state, text, rows, keys, 2)
+        places = length - 2 - padding
+        np.testing.assert_allclose(proposal.probs[:, 0], expected[jnp.arange(2), places], atol=1e-5)
+        return text, proposal
+
+    state = draft.start(params, padded[:, :4], mask[:, :4], hidden[:, :4], 12)
+    text, proposal = proposed(state, 5)
+    proposal = proposal._replace(tokens=padded[:, 5:7])
+    for kept in (2, 1):  # all but the last, which was refused; and none of what was proposed
+        after = draft.commit(params, state, proposal, text, jnp.full(2, kept), hidden[:, 4:7])
+        proposed(after, 5 + kept)
+
+
 def test_drafts_that_do_not_fit_are_refused():
     model, params = model_of(TINY)
     other = Transformer(dataclasses.replace(TINY, vocab_size=7))
@@ -167,6 +203,7 @@ def test_drafts_that_do_not_fit_are_refused():
     for change, message in (
         ({'draft': ModelDraft(other), 'draft_params': params}, 'vocabulary of the model, 6.* 7'),
         ({'draft': ModelDraft(model)}, 'needs draft_params'),
+        ({'draft': ModuleDraft(model)}, 'mtp_depth of 1 or more'),
         ({'draft': PromptLookup(), 'num_draft': 0}, 'num_draft must be a positive integer'),
     ):
         with pytest.raises(InputError, match=message):
