@@ -1,19 +1,21 @@
-"""A model to write with, from the folder of the stage that trained it; no config is needed."""
+"""A model to write with, from the folder of a stage that trained it or of a published model."""
 
 import dataclasses
 import hashlib
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
 
 from distill.checkpoint import read_metadata
+from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.tokenizer import Tokenizer, load_tokenizer
 from experiments.build import build
 from experiments.training import load_model, model_sha256
 from experiments.workdir import read_json
-from moe.config import TransformerConfig
+from moe.config import DType, TransformerConfig
+from moe.convert import load_pretrained
 from moe.errors import InputError
 from moe.int8 import quantise
 from moe.sharding import MeshConfig, make_mesh, variable_shardings
@@ -40,6 +42,41 @@ class Loaded:
     sha256: str
 
 
+def load_model_of(
+    checkpoint: str | pathlib.Path, *, mesh: MeshConfig | None = None, dtype: str | None = None
+) -> Loaded:
+    """Loads a trained stage's model, or a published one; see `load_stage`, `load_published`."""
+    folder = pathlib.Path(checkpoint).expanduser().absolute()
+    published = (folder / 'config.json').is_file() and any(folder.glob('*.safetensors'))
+    return (load_published if published else load_stage)(folder, mesh=mesh, dtype=dtype)
+
+
+def load_published(
+    folder: pathlib.Path, *, mesh: MeshConfig | None = None, dtype: str | None = None
+) -> Loaded:
+    """Loads a folder of safetensors, with its tokenizer.
+
+    Args:
+        folder: with config.json and tokenizer.json.
+        mesh: of all devices; None for one of them.
+        dtype: to store and compute in; None for bfloat16.
+
+    Raises:
+        InputError: as `moe.load_pretrained`, and where the tokenizer cannot be read.
+    """
+    tokenizer = PretrainedTokenizer(folder)
+    devices = make_mesh(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
+    kept = cast(DType, dtype or 'bfloat16')
+    config, variables = load_pretrained(folder, mesh=devices, dtype=kept)
+    model = Transformer(config, devices if devices.size > 1 else None)
+    model, variables = unstacked(model, {'routing': {}} | variables, devices)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob('*.safetensors')):
+        with file.open('rb') as stream:
+            digest.update(hashlib.file_digest(stream, 'sha256').digest())
+    return Loaded(folder.name, model, variables, tokenizer, digest.hexdigest())
+
+
 def load_stage(
     checkpoint: str | pathlib.Path, *, mesh: MeshConfig | None = None, dtype: str | None = None
 ) -> Loaded:
@@ -59,7 +96,8 @@ def load_stage(
     if not (folder / 'model').is_dir():
         raise InputError(
             f'--checkpoint must be the folder of a stage that trained a model, such as '
-            f'runs/quickstart/student; {folder} has no folder "model".'
+            f'runs/quickstart/student, or a published one (config.json, safetensors); {folder} '
+            'is neither.'
         )
     info = read_metadata(folder / 'model')
     stored = next(iter(info.arrays.values()))[0]

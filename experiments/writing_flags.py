@@ -3,12 +3,14 @@
 from absl import flags
 
 from experiments import cli
-from experiments.loading import Loaded, in_integers, load_stage
+from experiments.loading import Loaded, in_integers, load_model_of
 from moe.engine import Engine
 from moe.requests import EngineConfig
 from moe.sharding import MeshConfig
 
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, "The model: a trained stage's folder.")
+CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None, "The model: a trained stage's folder, or a published one."
+)
 ROWS = flags.DEFINE_integer('rows', 8, 'Texts written at once.', lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
@@ -21,7 +23,7 @@ def loaded_model(checkpoint: str) -> Loaded:
     """Loads a model as the flags say."""
     alone = DATA.value == TENSOR.value == 1
     mesh = None if alone else MeshConfig(data=DATA.value, tensor=TENSOR.value)
-    loaded = load_stage(checkpoint, mesh=mesh, dtype=DTYPE.value)
+    loaded = load_model_of(checkpoint, mesh=mesh, dtype=DTYPE.value)
     return in_integers(loaded) if INT8.value else loaded
 
 

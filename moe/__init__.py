@@ -28,6 +28,7 @@ from moe.errors import InputError
 from moe.expert_weights import split_experts, stack_experts
 from moe.experts import MoELayer
 from moe.look_ahead import empty_module_cache, predict_ahead
+from moe.module_draft import ModuleDraft
 from moe.presets import preset
 from moe.replay import load_routing, save_routing
 from moe.requests import EngineConfig, QueueFullError, Request
@@ -54,6 +55,7 @@ __all__ = [
     'MoELayer',
     'ModelDraft',
     'ModelOutput',
+    'ModuleDraft',
     'PromptLookup',
     'QueueFullError',
     'Request',

@@ -3,20 +3,25 @@
 import json
 import signal
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 from stage import CONFIG, make_stage
 
+import moe
+from distill.pretrained_tokenizer import write_pretrained
 from distill.tokenizer import ByteTokenizer
 from experiments import generate
 from experiments.bulk import read_prompts
 from experiments.loading import load_stage
 from experiments.text_stream import TextStream
+from moe.config import AttentionConfig, TransformerConfig
 from moe.decode import write
 from moe.errors import InputError
 from moe.sampling import Sampling
+from moe.transformer import Transformer
 from moe.unstacked import unrolled
 
 PROMPTS = [
@@ -81,6 +86,23 @@ def test_every_prompt_gets_the_text_that_the_model_writes(run, stage):
             )
         assert max(records[line]['tokens']) < tokenizer.vocab_size
         assert records[line]['text'] == tokenizer.decode(records[line]['tokens'])
+
+
+def test_a_published_folder_writes_what_its_model_does(tmp_path, run):
+    config = TransformerConfig(264, 1, 8, 8, AttentionConfig(2, 2, 4, 'head'))
+    variables = nn.unbox(jax.jit(Transformer(config).init)(jax.random.key(0), np.ones((1, 1), int)))
+    write_pretrained(ByteTokenizer(), tmp_path / 'tokenizer')
+    folder = tmp_path / 'tiny-qwen'
+    moe.save_pretrained(folder, config, variables, tokenizer=tmp_path / 'tokenizer', card='tiny')
+    settings = {'checkpoint': str(folder), 'temperature': 0.0, 'dtype': 'float32'}
+    records = {record['line']: record for record in run(**settings)}
+    tokens = records[4]['tokens']
+    tokenizer = ByteTokenizer()
+    prompt = [tokenizer.bos_id, *tokenizer.encode(PROMPTS[3]['prompt'])]
+    logits = Transformer(config).apply(variables, np.array([prompt + tokens])).logits[0]
+    real = np.asarray(logits)[len(prompt) - 1 : -1, : tokenizer.vocab_size]
+    chosen = real[np.arange(len(tokens)), tokens]
+    np.testing.assert_allclose(chosen, real.max(axis=-1), atol=1e-4)
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(run, tmp_path):
