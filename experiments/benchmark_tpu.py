@@ -45,11 +45,9 @@ def tpu_rows(
     gradients and the gradients of input and weights once. Both figures are the compiler's; for a
     kernel, what its author says it costs.
 
-    Bytes are far above the least. A compiled program shows why: the forward products are written
-    in float32 and then rounded; gate and up projections, stored [E, D, 2, F], are copied to
-    [E, D, 2 F] for the products, and their gradient back; both weights are copied once more, to be
-    multiplied by their transposes; and what lies between two products goes through memory. A kernel
-    of the whole MLP that reads weights as they are stored would avoid all of it; there is none.
+    The compiler chooses how memory holds parameters and gradients (`jax.experimental.layout`), as a
+    program may let it: gate and up projections [E, D, 2, F] lie as [E, 2, D, F], which the kernels
+    read and write. Held as they are by default they would be copied, and their gradient back.
 
     Args:
         chips: among `CHIPS`.
@@ -103,6 +101,7 @@ def _layer_cost(chip: str, shape: LayerShape, tokens: int) -> dict[str, float]:
     # Without it libtpu asks the network, for minutes, which machine this is.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
 
     topology = topologies.get_topology_desc(platform='tpu', topology_name=CHIPS[chip])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -117,7 +116,9 @@ def _layer_cost(chip: str, shape: LayerShape, tokens: int) -> dict[str, float]:
         y, vjp = jax.vjp(lambda variables, x: layer.apply(variables, x, full)[0], variables, x)
         return y, vjp(cotangent)
 
-    program = jax.jit(step, in_shardings=sharding).lower(variables, x, x).compile()
+    chosen = Format(Layout.AUTO, sharding)
+    jitted = jax.jit(step, in_shardings=chosen, out_shardings=chosen)
+    program = jitted.lower(variables, x, x).compile()
     text = program.as_text()
     if not text or ' while(' in text:
         raise RuntimeError(

@@ -1,10 +1,11 @@
 """The experts' gated MLPs over rows sorted by expert, forward and backward as one.
 
 Of the hidden layer only the two projections before the activation are kept for the backward pass.
-On TPU and GPU each product is a grouped one. On CPU one loop over the experts computes the whole
-MLP of a tile, see `moe.row_tiles`: what lies between the products stays in the caches, and each
-expert's gradient is written once. Fresh memory is dear there: its pages cost more than their
-contents.
+On TPU one kernel each way computes the whole MLP of a window of rows, see `moe.tpu_mlp`: weights
+are read once. On GPU, and of operands that the kernels are not for (`moe.tpu_grouped.fits`), each
+product is a grouped one. On CPU one loop over the experts computes the whole MLP of a tile, see
+`moe.row_tiles`: what lies between the products stays in the caches, and each expert's gradient is
+written once. Fresh memory is dear there: its pages cost more than their contents.
 """
 
 import functools
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe import tpu_grouped
 from moe.config import Activation
 from moe.expert_mlp import ExpertBiases, weighted_hidden
 from moe.few_rows import few_rows_mlp, tile_size
@@ -104,9 +106,12 @@ def _output(activation: Activation, keep: bool, *operands: Kernel) -> tuple[Arra
         return few_rows_mlp(activation, *operands, size=size), None
 
     many_rows = functools.partial(_looped, activation, keep)
+    rows, _, gate_up, down, _ = operands
+    on_tpu = tpu_grouped.forward if tpu_grouped.fits(rows, gate_up, down) else _ragged
     return jax.lax.platform_dependent(
         *operands,
         cpu=many_rows if keep or size is None else few_rows,
+        tpu=functools.partial(on_tpu, activation, keep),
         default=functools.partial(_ragged, activation, keep),
     )
 
@@ -119,10 +124,13 @@ def _forward(activation: Activation, *operands: Array) -> tuple[Array, tuple[Arr
 def _backward(
     activation: Activation, residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array | None, ...]:
+    rows, _, gate_up, down, *_ = residuals
+    on_tpu = tpu_grouped.backward if tpu_grouped.fits(rows, gate_up, down) else _ragged_backward
     gradients = jax.lax.platform_dependent(
         *residuals,
         cotangent,
         cpu=functools.partial(_looped_backward, activation),
+        tpu=functools.partial(on_tpu, activation),
         default=functools.partial(_ragged_backward, activation),
     )
     return *(g.astype(of.dtype) for g, of in zip(gradients, residuals, strict=False)), None
