@@ -20,23 +20,26 @@ CHIPS = {'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
 
 
 class LayerShape(NamedTuple):
-    """Sizes of a MoE layer."""
+    """Sizes of a MoE layer, and how many tokens one chip has of it."""
 
     experts: int
     k: int
     hidden: int
     width: int
+    tokens: int
 
 
-# Those of Mixtral 8x7B and of Qwen3-30B-A3B: few coarse experts and many fine ones.
-LAYERS = (LayerShape(8, 2, 14336, 4096), LayerShape(128, 8, 768, 2048))
+# Those of Mixtral 8x7B and of Qwen3-30B-A3B: few coarse experts and many fine ones, of which few
+# tokens leave weights the most of what is moved.
+LAYERS = (
+    LayerShape(8, 2, 14336, 4096, 4096),
+    LayerShape(128, 8, 768, 2048, 1024),
+    LayerShape(128, 8, 768, 2048, 4096),
+)
 
 
 def tpu_rows(
-    *,
-    chips: Sequence[str] = tuple(CHIPS),
-    layers: Sequence[LayerShape] = LAYERS,
-    tokens: int = 4096,
+    *, chips: Sequence[str] = tuple(CHIPS), layers: Sequence[LayerShape] = LAYERS
 ) -> Iterator[Row]:
     """Compiles the dropless layer, forward and backward in bfloat16, and reads what it costs.
 
@@ -47,12 +50,19 @@ def tpu_rows(
 
     The compiler chooses how memory holds parameters and gradients (`jax.experimental.layout`), as a
     program may let it: gate and up projections [E, D, 2, F] lie as [E, 2, D, F], which the kernels
-    read and write. Held as they are by default they would be copied, and their gradient back.
+    read and write. Held as they are by default they are copied, and their gradient back. The train
+    step lets the compiler choose nothing; where its weights are float32 and its products bfloat16
+    the copy is the conversion that it makes anyway.
+
+    What is above the least: each assignment's gate and up projections are written forward and read
+    backward; its row is gathered and then read by the MLP, its output written and then gathered; a
+    gathered row of bfloat16 brings its neighbour along. So the ratio grows with `N K / E`. Kernels
+    say what they move where loads are balanced; of a group of more rows than a window has, weights
+    are read again.
 
     Args:
         chips: among `CHIPS`.
-        layers: their sizes.
-        tokens: of one chip, `N`.
+        layers: their sizes; `N` is the tokens of one chip.
 
     Yields:
         For each chip and layer a row of GFLOP and one of GB, as ratios of the least.
@@ -67,17 +77,17 @@ def tpu_rows(
         raise InputError(
             "The compiler for TPUs must be installed; libtpu was not found. pip install -e '.[tpu]'"
         )
-    return _rows(chips, layers, tokens)
+    return _rows(chips, layers)
 
 
-def _rows(chips: Sequence[str], layers: Sequence[LayerShape], tokens: int) -> Iterator[Row]:
+def _rows(chips: Sequence[str], layers: Sequence[LayerShape]) -> Iterator[Row]:
     for chip in chips:
         for layer in layers:
-            cost = _layer_cost(chip, layer, tokens)
+            cost, tokens = _layer_cost(chip, layer), layer.tokens
             products = layer.k * 3 * layer.width * layer.hidden + layer.width * layer.experts
             weights = layer.experts * layer.width * (3 * layer.hidden + 1)
             least = 2 * (3 * weights + 5 * tokens * layer.width)
-            shape = f'E{layer.experts}_K{layer.k}_F{layer.hidden}'
+            shape = f'E{layer.experts}_K{layer.k}_F{layer.hidden}_N{tokens}'
             conditions = (
                 f'forward+backward, {tokens} tokens, D={layer.width}, bfloat16, compiled ahead of '
                 f'time for one chip of {CHIPS[chip]}, jax {jax.__version__}; reference: '
@@ -96,7 +106,7 @@ def _rows(chips: Sequence[str], layers: Sequence[LayerShape], tokens: int) -> It
                 }
 
 
-def _layer_cost(chip: str, shape: LayerShape, tokens: int) -> dict[str, float]:
+def _layer_cost(chip: str, shape: LayerShape) -> dict[str, float]:
     """Returns the compiler's account of the layer's gradients for one chip."""
     # Without it libtpu asks the network, for minutes, which machine this is.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -107,8 +117,8 @@ def _layer_cost(chip: str, shape: LayerShape, tokens: int) -> dict[str, float]:
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     config = MoEConfig(RouterConfig(shape.experts, shape.k), shape.hidden, dispatch='grouped')
     layer = MoELayer(config, 'silu', dtype='bfloat16', param_dtype='bfloat16')
-    x = jax.ShapeDtypeStruct((1, tokens, shape.width), jnp.bfloat16)
-    mask = jax.ShapeDtypeStruct((1, tokens), bool)
+    x = jax.ShapeDtypeStruct((1, shape.tokens, shape.width), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((1, shape.tokens), bool)
     variables = nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), x, mask))
 
     def step(variables: Any, x: jax.Array, cotangent: jax.Array) -> Any:

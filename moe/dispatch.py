@@ -24,6 +24,7 @@ from moe.expert_mlp import ExpertBiases, weighted_hidden
 from moe.few_tokens import FEW_TOKENS, chosen_experts
 from moe.grouped_mlp import grouped_mlp
 from moe.int8 import Kernel, dequantised
+from moe.row_gather import gathered, gathered_sum, sorted_weights
 
 
 @flax.struct.dataclass
@@ -45,15 +46,13 @@ def spread(x: Float[Array, 'N D'], plan: Plan) -> Float[Array, 'M D']:
 
     Its transpose is `collect`: a gather too, where autodiff would make a scatter-add.
     """
-    token = plan.source // plan.row.shape[1]
-    return x.at[token].get(mode='fill', fill_value=0)
+    return gathered(x, plan.source // plan.row.shape[1])
 
 
 @jax.custom_vjp
 def collect(rows: Float[Array, 'M D'], plan: Plan) -> Float[Array, 'N D']:
     """Sums the rows of each token's assignments, in float32; its transpose is `spread`."""
-    found = rows.at[plan.row].get(mode='fill', fill_value=0)
-    return found.sum(axis=1, dtype=jnp.float32).astype(rows.dtype)
+    return gathered_sum(rows, plan.row)
 
 
 spread.defvjp(lambda x, plan: (spread(x, plan), plan), lambda plan, g: (collect(g, plan), None))
@@ -80,10 +79,10 @@ def sort_by_group(
         nothing.
     """
     flat = groups.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    ends = jnp.searchsorted(flat[order], jnp.arange(num_groups), side='right', method='compare_all')
+    number = jnp.arange(flat.size, dtype=jnp.int32)
+    ordered, order = jax.lax.sort((flat, number), num_keys=1, is_stable=True)
+    ends = jnp.searchsorted(ordered, jnp.arange(num_groups), side='right', method='compare_all')
     sizes = jnp.diff(ends, prepend=0).astype(jnp.int32)
-    number = jnp.arange(flat.size)
     row = jnp.zeros_like(order).at[order].set(number, unique_indices=True)
     source = jnp.where(number < ends[-1], order, flat.size)
     row = jnp.where(flat < num_groups, row, flat.size)
@@ -223,7 +222,8 @@ def dispatch(
             y = chosen_experts(*operands, activation, biases).reshape(x.shape)
             return y, jnp.zeros((), jnp.float32)
         plan, sizes = sort_by_group(groups, num_experts)
-        rows, row_weights = spread(tokens, plan), spread_weights(flat_weights, plan)
+        rows = spread(tokens, plan)
+        row_weights = sorted_weights(flat_weights, plan.source, plan.row)
         out = grouped_mlp(rows, row_weights, gate_up, down, sizes, activation, biases)
         return collect(out, plan).reshape(x.shape), jnp.zeros((), jnp.float32)
     into, out_of = (dequantised(each, x.dtype) for each in (gate_up, down))

@@ -31,6 +31,7 @@ from moe.dispatch import (
 )
 from moe.errors import InputError
 from moe.exchange import AXIS, accepted_counts, exchange_bounds, exchange_rows, segment_of
+from moe.row_gather import sorted_weights
 
 BATCH_AXES = ('data', 'fsdp', 'expert')
 BIAS_SPECS: Any = (P('expert', None, 'tensor'), P('expert', 'fsdp'))
@@ -230,7 +231,7 @@ def _remote_groups(
     ):
         groups, dropped = limited(groups, num_experts, shards, bounds.received)
     plan, sizes = sort_by_group(groups, num_experts)
-    rows, row_weights = spread(tokens, plan), spread_weights(weights, plan)
+    rows, row_weights = spread(tokens, plan), sorted_weights(weights, plan.source, plan.row)
     if shards == 1:
         out = grouped_mlp(rows, row_weights, gate_up, down, sizes, activation, biases)
         return collect(out, plan), dropped

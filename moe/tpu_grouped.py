@@ -23,7 +23,7 @@ def fits(rows: Array, gate_up: Kernel, down: Kernel) -> bool:
     if {gate_up.dtype, down.dtype} != {rows.dtype} or rows.dtype.itemsize > 4:
         return False
     hidden, dim = (size + -size % CHUNK for size in down.shape[1:])
-    sizes = (rows.shape[0], dim, hidden, rows.dtype.itemsize)
+    sizes = (rows, down.shape[0], dim, hidden)
     return min(forward_window(*sizes)[0], backward_window(*sizes)[0]) > 0
 
 

@@ -35,13 +35,14 @@ MATRIX_BYTES = 6 * 2**20
 
 
 def forward_window(
-    num_rows: int, dim: int, hidden: int, itemsize: int, most_rows: int | None = None
+    rows: Array, groups: int, dim: int, hidden: int, most_rows: int | None = None
 ) -> tuple[int, int]:
     """Returns how many rows and hidden columns a turn takes; no rows where it does not fit."""
+    itemsize = rows.dtype.itemsize
     part = width_tile(hidden, dim, itemsize, MATRIX_BYTES)
     fixed = itemsize * (2 * 3 * dim * part + TILE * (dim + 2 * hidden))
-    rows = window_rows(num_rows, fixed, dim * (itemsize + 4) + 4 * part * itemsize)
-    return min(rows, most_rows or rows), part
+    size = window_rows(rows.shape[0], groups, fixed, dim * (itemsize + 4) + 4 * part * itemsize)
+    return min(size, most_rows or size), part
 
 
 def mlp(
@@ -82,7 +83,7 @@ def mlp(
 
     num_rows, dim = rows.shape
     groups, hidden = down.shape[:2]
-    size, part = forward_window(num_rows, dim, hidden, rows.dtype.itemsize, most_rows)
+    size, part = forward_window(rows, groups, dim, hidden, most_rows)
     turns, parts = windows(group_sizes, num_rows, size), hidden // part
     results = [like(rows, rows.shape)] + [like(rows, (num_rows, 2 * hidden))] * keep
     kept = [

@@ -31,13 +31,14 @@ MATRIX_BYTES = 4 * 2**20
 
 
 def backward_window(
-    num_rows: int, dim: int, hidden: int, itemsize: int, most_rows: int | None = None
+    rows: Array, groups: int, dim: int, hidden: int, most_rows: int | None = None
 ) -> tuple[int, int]:
     """Returns how many rows and hidden columns a turn takes; no rows where it does not fit."""
+    itemsize = rows.dtype.itemsize
     part = width_tile(hidden, dim, itemsize, MATRIX_BYTES)
     fixed = 3 * dim * part * (3 * itemsize + 4) + TILE * dim * itemsize
-    rows = window_rows(num_rows, fixed, dim * (2 * itemsize + 4) + 4 * part * itemsize)
-    return min(rows, most_rows or rows), part
+    size = window_rows(rows.shape[0], groups, fixed, dim * (2 * itemsize + 4) + 4 * part * itemsize)
+    return min(size, most_rows or size), part
 
 
 def mlp_gradients(
@@ -74,7 +75,7 @@ def mlp_gradients(
 
     num_rows, dim = rows.shape
     groups, hidden = down.shape[:2]
-    size, part = backward_window(num_rows, dim, hidden, rows.dtype.itemsize, most_rows)
+    size, part = backward_window(rows, groups, dim, hidden, most_rows)
     turns, parts = windows(group_sizes, num_rows, size), hidden // part
     by_window = pl.BlockSpec((None, size // CHUNK, CHUNK), lambda v, f, *_: (v, 0, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)

@@ -104,14 +104,30 @@ def to_windows(
 def from_windows(
     values: Float[Array, 'V rows/128 128'], turns: Windows, num_rows: int, num_groups: int
 ) -> Float[Array, 'M 1']:
-    """Collects a value of each row from the windows; zero for rows of no group."""
-    rows = values.shape[1] * CHUNK
-    row = jnp.arange(num_rows, dtype=jnp.int32)
-    start = jnp.where(turns.group <= num_groups, turns.tile * TILE + turns.low, num_rows)
-    # Windows ascend, and an empty one comes before the next that starts at its row.
-    turn = (row[:, None] >= start).sum(axis=1, dtype=jnp.int32) - 1
-    found = values.reshape(-1)[turn * rows + row - (turns.tile * TILE)[turn]]
-    return jnp.where(turns.group[turn] < num_groups, found, 0)[:, None]
+    """Collects a value of each row from the windows.
+
+    Args:
+        values: by window; zero where a row is not the window's.
+        turns: the windows.
+        num_rows: `M`.
+        num_groups: `E`; rows of no group have zero.
+    """
+    tiles = values.reshape(-1, TILE)
+    each = tiles.shape[0] // values.shape[0]
+    number = jnp.arange(num_rows // TILE, dtype=jnp.int32)
+    taking = turns.group < num_groups
+    # A tile is in one window that did not begin inside of it, at most, and in any that did.
+    shared = taking & (turns.low > 0)
+    first = jnp.where(turns.group <= num_groups, turns.tile + (turns.low > 0), len(number))
+    turn = (number[:, None] >= first).sum(axis=1, dtype=jnp.int32) - 1
+    # Of the window of each tile its own first one, found without a gather of single numbers.
+    start = jnp.where(turn[:, None] == jnp.arange(len(first)), turns.tile, 0).sum(axis=1)
+    inside = (turn >= 0) & (number - start < each)
+    found = tiles.at[jnp.where(inside, turn * each + number - start, 0)].get(mode='clip')
+    found = jnp.where(inside[:, None], found, 0)
+    heads = values[:, 0, :TILE] * shared[:, None]
+    to = jnp.where(shared, turns.tile, len(number))
+    return found.at[to].add(heads, mode='drop').reshape(-1, 1)
 
 
 def like(rows: Array, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> Any:
@@ -125,10 +141,14 @@ def width_tile(hidden: int, dim: int, itemsize: int, most_bytes: int) -> int:
     return next((tile for tile in fitting if 3 * dim * tile * itemsize <= most_bytes), CHUNK)
 
 
-def window_rows(num_rows: int, fixed_bytes: int, row_bytes: int) -> int:
-    """Returns the rows of a window that fast memory holds, at most all there are; 0 for none."""
+def window_rows(num_rows: int, num_groups: int, fixed_bytes: int, row_bytes: int) -> int:
+    """Returns the rows of a window: what fast memory holds, but not far more than groups have.
+
+    The largest load that is expected is four times the mean; 0 stands for no room.
+    """
     fitting = (BUDGET - fixed_bytes) // row_bytes // CHUNK * CHUNK
-    return max(0, min(fitting, -(-(num_rows + TILE - 1) // CHUNK) * CHUNK))
+    enough = min(num_rows + TILE - 1, max(4 * CHUNK, 4 * num_rows // num_groups))
+    return max(0, min(fitting, -(-enough // CHUNK) * CHUNK))
 
 
 def copy_rows(

@@ -15,8 +15,9 @@ def test_references_are_the_products_and_each_array_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
     cost = {'flops': 1e9, 'bytes accessed': 2e9}
     monkeypatch.setattr(benchmark_tpu, '_layer_cost', lambda *_: cost)
-    rows = list(tpu_rows(chips=['v6e'], layers=[LayerShape(4, 2, 8, 16)], tokens=32))
-    assert [row['name'] for row in rows] == ['tpu/v6e/flops/E4_K2_F8', 'tpu/v6e/bytes/E4_K2_F8']
+    rows = list(tpu_rows(chips=['v6e'], layers=[LayerShape(4, 2, 8, 16, 32)]))
+    names = ['tpu/v6e/flops/E4_K2_F8_N32', 'tpu/v6e/bytes/E4_K2_F8_N32']
+    assert [row['name'] for row in rows] == names
     # Two experts of three products of 16 x 8, and a router of 16 x 4: 832 a token; two FLOPs each,
     # three times. 32 tokens.
     assert math.isclose(rows[0]['reference'], 832 * 2 * 3 * 32 / 1e9)
@@ -38,9 +39,11 @@ def test_an_unknown_chip_and_a_missing_compiler_are_messages(
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='the extra tpu')
-def test_the_compiled_layer_has_the_products_flops() -> None:
-    flops, _ = tpu_rows(chips=['v5p'], layers=[LayerShape(16, 2, 256, 512)], tokens=1024)
+def test_the_compiled_layer_has_the_products_flops_and_moves_little_else() -> None:
+    # Few tokens to an expert: weights are the most of what is moved.
+    flops, moved = tpu_rows(chips=['v5p'], layers=[LayerShape(16, 2, 1024, 1024, 256)])
     assert 0.95 < flops['ratio'] < 1.05
+    assert 1 < moved['ratio'] < 1.25
 
 
 SCHEDULES = {

@@ -89,14 +89,16 @@ def test_windows_are_up_to_so_many_rows_of_one_group():
 
 
 def test_values_go_to_windows_and_back():
-    sizes = jnp.array([5, 0, 300, 2])
+    # Three in the first tile, an empty one among them; one that ends on a tile, and rows of none.
+    sizes = jnp.array([5, 0, 2, 281, 0, 3, 20])
     turns = windows(sizes, 20 * TILE, 128)
     values = jnp.arange(1.0, 20 * TILE + 1)[:, None]
     laid = to_windows(values, turns, 128)
-    assert laid[turns.group < 4].sum() == values[:307].sum()
-    back = from_windows(laid, turns, 20 * TILE, 4)
-    np.testing.assert_array_equal(back[:307], values[:307])
-    np.testing.assert_array_equal(back[307:], 0)
+    assert laid[turns.group < 7].sum() == values[:311].sum()
+    laid = jnp.where((turns.group < 7)[:, None, None], laid, 0)
+    back = from_windows(laid, turns, 20 * TILE, 7)
+    np.testing.assert_array_equal(back[:311], values[:311])
+    np.testing.assert_array_equal(back[311:], 0)
 
 
 def test_operands_without_kernels_are_known():
