@@ -44,15 +44,23 @@ class Plan:
 def spread(x: Float[Array, 'N D'], plan: Plan) -> Float[Array, 'M D']:
     """Copies each token to the rows of its assignments; rows without one are zero.
 
+    Rows of slots, which are not as many as assignments, are left to XLA on every platform.
+
     Its transpose is `collect`: a gather too, where autodiff would make a scatter-add.
     """
-    return gathered(x, plan.source // plan.row.shape[1])
+    token = plan.source // plan.row.shape[1]
+    if plan.source.size == plan.row.size:
+        return gathered(x, token)
+    return x.at[token].get(mode='fill', fill_value=0)
 
 
 @jax.custom_vjp
 def collect(rows: Float[Array, 'M D'], plan: Plan) -> Float[Array, 'N D']:
     """Sums the rows of each token's assignments, in float32; its transpose is `spread`."""
-    return gathered_sum(rows, plan.row)
+    if plan.source.size == plan.row.size:
+        return gathered_sum(rows, plan.row)
+    found = rows.at[plan.row].get(mode='fill', fill_value=0)
+    return found.sum(axis=1, dtype=jnp.float32).astype(rows.dtype)
 
 
 spread.defvjp(lambda x, plan: (spread(x, plan), plan), lambda plan, g: (collect(g, plan), None))

@@ -106,7 +106,8 @@ def _output(activation: Activation, keep: bool, *operands: Kernel) -> tuple[Arra
         return few_rows_mlp(activation, *operands, size=size), None
 
     many_rows = functools.partial(_looped, activation, keep)
-    rows, _, gate_up, down, _ = operands
+    rows: Any = operands[0]
+    gate_up, down = operands[2:4]
     on_tpu = tpu_grouped.forward if tpu_grouped.fits(rows, gate_up, down) else _ragged
     return jax.lax.platform_dependent(
         *operands,

@@ -74,7 +74,9 @@ def backward(
     )
 
 
-def _padded(rows: Array, weights: Array, gate_up: Array, down: Array) -> tuple[Array, ...]:
+def _padded(
+    rows: Array, weights: Array, gate_up: Array, down: Array
+) -> tuple[Array, Array, Array, Array]:
     """Zeros in place of rows and columns that there are not: they add nothing."""
     sides = jnp.moveaxis(gate_up.reshape(*gate_up.shape[:2], 2, -1), 2, 1)
     return (

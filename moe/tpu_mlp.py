@@ -154,7 +154,8 @@ def _kernel(*refs: Any, activation: Activation, keep: bool, groups: int) -> None
 
     turns, refs = Windows(*refs[: len(Windows._fields)]), refs[len(Windows._fields) :]
     rows, weights, gate_up, down, out = refs[:5]
-    both, refs = (refs[5], refs[6:]) if keep else (None, refs[5:])
+    both: Any = refs[5] if keep else None
+    refs = refs[6:] if keep else refs[5:]
     window, total, edge, moving, *kept = refs
     turn, f, last = pl.program_id(0), pl.program_id(1), pl.num_programs(1) - 1
     low, high, group = turns.low[turn], turns.high[turn], turns.group[turn]
