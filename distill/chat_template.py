@@ -1,5 +1,6 @@
 """Conversations as the text that a published model was trained on: its folder's chat template."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -20,6 +21,9 @@ class ChatTemplate:
     Args:
         path: a folder with chat_template.jinja, or a tokenizer_config.json that holds one.
 
+    Attributes:
+        fingerprint: of the template and the special tokens that it writes.
+
     Raises:
         InputError: where there is no template, it cannot be read, or the extra `chat` is not
             installed.
@@ -27,14 +31,22 @@ class ChatTemplate:
 
     def __init__(self, path: str | os.PathLike[str]):
         folder = pathlib.Path(path)
-        file = folder / 'tokenizer_config.json'
-        settings = json.loads(file.read_text()) if file.is_file() else {}
+        settings = _settings(folder)
+        source = _source(folder, settings)
+        if source is None:
+            raise InputError(
+                f'{folder} must have a chat template, in chat_template.jinja or in '
+                'tokenizer_config.json; it has none. Give plain text to this model, or add the '
+                'template that it was trained with.'
+            )
         self._tokens = {
             name: token.get('content') if isinstance(token, dict) else token
             for name, token in settings.items()
             if name.endswith('_token')
         }
-        self._template, self._refused = _compile(_source(folder, settings), folder)
+        self._template = _compile(source, folder)
+        content = json.dumps([source, self._tokens], sort_keys=True)
+        self.fingerprint: str = hashlib.sha256(content.encode()).hexdigest()
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
@@ -54,14 +66,25 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
             )
-        except self._refused as error:
+        except Exception as error:  # the template's code may fail in any way
             raise InputError(
                 f'The chat template does not take this conversation: {error}. Change its roles or '
                 'their order.'
             ) from error
 
 
-def _source(folder: pathlib.Path, settings: Mapping[str, Any]) -> str:
+def has_template(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a chat template."""
+    folder = pathlib.Path(path)
+    return _source(folder, _settings(folder)) is not None
+
+
+def _settings(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / 'tokenizer_config.json'
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _source(folder: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / 'chat_template.jinja'
     if file.is_file():
         return file.read_text()
@@ -69,17 +92,10 @@ def _source(folder: pathlib.Path, settings: Mapping[str, Any]) -> str:
     if isinstance(source, list):  # several, by name
         named = {entry['name']: entry['template'] for entry in source}
         source = named.get('default')
-    if not isinstance(source, str):
-        raise InputError(
-            f'{folder} must have a chat template, in chat_template.jinja or in '
-            'tokenizer_config.json; it has none. Give plain text to this model, or add the '
-            'template that it was trained with.'
-        )
-    return source
+    return source if isinstance(source, str) else None
 
 
-def _compile(source: str, folder: pathlib.Path) -> tuple[Any, type[Exception]]:
-    """Returns the template, and what it raises."""
+def _compile(source: str, folder: pathlib.Path) -> Any:
     try:
         jinja2 = importlib.import_module('jinja2')
         sandbox = importlib.import_module('jinja2.sandbox')
@@ -103,6 +119,6 @@ def _compile(source: str, folder: pathlib.Path) -> tuple[Any, type[Exception]]:
         value, ensure_ascii=False, **options
     )
     try:
-        return environment.from_string(source), jinja2.TemplateError
+        return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise InputError(f'The chat template in {folder} is no Jinja template: {error}.') from error

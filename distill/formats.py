@@ -190,10 +190,19 @@ def message_text(messages: list, where: str) -> str:
     Raises:
         InputError: naming the message that has no role or no text.
     """
-    return ''.join(_message_texts(messages, where))
+    rendered = text_messages(messages, where)
+    return ''.join(f'{message["role"]}: {message["content"]}\n\n' for message in rendered)
 
 
-def _message_texts(messages: list, where: str) -> Iterator[str]:
+def text_messages(messages: list, where: str) -> list[dict[str, Any]]:
+    """Returns OpenAI-style messages with content that is text: parts are put together.
+
+    Args, errors: as `message_text`.
+    """
+    return list(_text_messages(messages, where))
+
+
+def _text_messages(messages: list, where: str) -> Iterator[dict[str, Any]]:
     for number, message in enumerate(messages):
         role = message.get('role') if isinstance(message, dict) else None
         content = message.get('content') if isinstance(message, dict) else None
@@ -205,4 +214,4 @@ def _message_texts(messages: list, where: str) -> Iterator[str]:
                 f'{where}: message {number} must have a role and text content; received '
                 f'{str(message)[:80]}. Mend or remove the record.'
             )
-        yield f'{role}: {content}\n\n'
+        yield message | {'content': content}

@@ -21,7 +21,7 @@ class Prompt:
 
     Attributes:
         line: its number, from 1.
-        text: what is to be continued; of a conversation, as it is rendered.
+        text: what is to be continued; of a conversation, as it is rendered in training.
         id: given back beside the text; None where there is none.
         messages: of a conversation; None of a text.
     """

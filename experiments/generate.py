@@ -4,8 +4,9 @@
         --out=out.jsonl
 
 A line of the prompts is a JSON object with `prompt`, a string, or `messages`, a list of objects
-with `role` and `content`; and an `id`, if it is to be found again by one. A line of the output has
-the number of its prompt's line, the `id`, the `text`, its `tokens` with their `log_probs`, and what
+with `role` and `content`, rendered by the chat template of a published model's folder that has one
+(the extra `chat`); and an `id`, if it is to be found again by one. A line of the output has the
+number of its prompt's line, the `id`, the `text`, its `tokens` with their `log_probs`, and what
 ended it: `stop` or `length`.
 
 Lines are written as they are done. The same command goes on after a kill: no prompt is left out, or
@@ -20,6 +21,7 @@ from absl import flags, logging
 
 from experiments import cli
 from experiments.bulk import Job, Prompt, Results, read_prompts
+from experiments.chat_prompts import ChatPrompts, chat_prompts
 from experiments.loading import Loaded
 from experiments.signals import StopSignal
 from experiments.text_stream import TextStream
@@ -48,8 +50,12 @@ def main() -> None:
     stop = StopSignal()
     prompts = read_prompts(pathlib.Path(source))
     loaded, engine = loaded_engine(max_waiting=2 * ROWS.value)
+    conversations = any(prompt.messages is not None for prompt in prompts)
+    chat = chat_prompts(loaded) if conversations else None
+    work = _work(loaded, chat, prompts)
     settings = {
         'model': loaded.sha256,
+        'chat_template': chat and chat.fingerprint,
         'max_new_tokens': MAX_NEW_TOKENS.value,
         'stop': STOP.value,
         'seed': SEED.value,
@@ -60,32 +66,33 @@ def main() -> None:
         'repetition_penalty': PENALTY.value,
     }
     with Results(pathlib.Path(out), prompts, settings) as results:
-        left = [prompt for prompt in prompts if prompt.line not in results.done]
+        left = [pair for pair in work if pair[0].line not in results.done]
         print(f'{len(prompts)} prompts, {len(left)} to be written', file=sys.stderr)
         write_all(loaded, engine, left, results, stop)
 
 
 def write_all(
-    loaded: Loaded, engine: Engine, prompts: list[Prompt], results: Results, stop: StopSignal
+    loaded: Loaded,
+    engine: Engine,
+    work: list[tuple[Prompt, Request]],
+    results: Results,
+    stop: StopSignal,
 ) -> None:
     """Keeps an engine's rows full until every prompt is done, or it is asked to stop."""
     config = engine.config
-    requests = {prompt.line: _request(loaded, prompt) for prompt in prompts}
-    too_long = [
-        line for line, r in requests.items() if len(r.prompt) + r.max_new_tokens > config.max_length
-    ]
+    too_long = [p.line for p, r in work if len(r.prompt) + r.max_new_tokens > config.max_length]
     if too_long:
         raise InputError(
             f'{PROMPTS.value}: prompt and --max_new_tokens together must be at most --max_length='
             f'{config.max_length} tokens; lines {_listed(too_long)} are longer. Raise it, or '
             'shorten them.'
         )
-    waiting, jobs, start, tokens = list(reversed(prompts)), {}, time.perf_counter(), 0
+    waiting, jobs, start, tokens = list(reversed(work)), {}, time.perf_counter(), 0
     while (waiting or jobs) and not stop.agreed(0):
         while waiting and engine.waiting + engine.running < 2 * config.max_rows:
-            prompt = waiting.pop()
+            prompt, request = waiting.pop()
             stream = TextStream(loaded.tokenizer, STOP.value)
-            jobs[engine.submit(requests[prompt.line])] = Job(prompt, stream)
+            jobs[engine.submit(request)] = Job(prompt, stream)
         for event in engine.step():
             assert event.token is not None
             tokens += 1
@@ -96,14 +103,37 @@ def write_all(
     print(f'{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second', file=sys.stderr)
 
 
-def _request(loaded: Loaded, prompt: Prompt) -> Request:
+def _work(
+    loaded: Loaded, chat: ChatPrompts | None, prompts: list[Prompt]
+) -> list[tuple[Prompt, Request]]:
+    """Returns the request of each prompt; every conversation that is refused is named."""
+    work, refused = [], []
+    for prompt in prompts:
+        try:
+            work.append((prompt, _request(loaded, chat, prompt)))
+        except InputError as error:
+            refused.append((prompt.line, error))
+    if refused:
+        lines = [line for line, _ in refused]
+        raise InputError(
+            f'{PROMPTS.value}: lines {_listed(lines)} cannot be rendered. Line {lines[0]}: '
+            f'{refused[0][1]}'
+        )
+    return work
+
+
+def _request(loaded: Loaded, chat: ChatPrompts | None, prompt: Prompt) -> Request:
     """The prompt's own seed: its text does not depend on what was done before a kill."""
     tokenizer = loaded.tokenizer
+    ids = (tokenizer.bos_id, *tokenizer.encode(prompt.text).tolist())
+    stop_ids = (tokenizer.eos_id,)
+    if chat is not None and prompt.messages is not None:
+        ids, stop_ids = chat.encode(prompt.messages, 'its messages'), chat.stop_ids
     return Request(
-        prompt=(tokenizer.bos_id, *tokenizer.encode(prompt.text).tolist()),
+        prompt=ids,
         max_new_tokens=MAX_NEW_TOKENS.value,
         sampling=_sampling(),
-        stop_ids=(tokenizer.eos_id,),
+        stop_ids=stop_ids,
         seed=(SEED.value * 1_000_003 + prompt.line) % (MAX_SEED + 1),
     )
 

@@ -33,6 +33,7 @@ class Loaded:
         variables: its weights, placed.
         tokenizer: that it was trained with.
         sha256: of the weights' files.
+        published: the folder of a published model; None of a stage.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Loaded:
     variables: Any
     tokenizer: Tokenizer
     sha256: str
+    published: pathlib.Path | None = None
 
 
 def load_model_of(
@@ -74,7 +76,7 @@ def load_published(
     for file in sorted(folder.glob('*.safetensors')):
         with file.open('rb') as stream:
             digest.update(hashlib.file_digest(stream, 'sha256').digest())
-    return Loaded(folder.name, model, variables, tokenizer, digest.hexdigest())
+    return Loaded(folder.name, model, variables, tokenizer, digest.hexdigest(), folder)
 
 
 def load_stage(

@@ -4,7 +4,8 @@
 
 Routes: /v1/completions (with `echo` and `logprobs`, which score text that is given),
 /v1/chat/completions, both streaming where asked; /v1/models, /health, /metrics. Requests are
-written together, each as it would be alone.
+written together, each as it would be alone. Conversations are rendered by the chat template of a
+published model's folder that has one (the extra `chat`), otherwise as text, as in training.
 
 Listens on this machine alone unless --host says otherwise. Where the environment has
 FRACTIONAL_API_KEY, callers need it.
@@ -16,6 +17,7 @@ import sys
 from absl import flags, logging
 
 from experiments import cli
+from experiments.chat_prompts import chat_prompts
 from experiments.serve_app import App
 from experiments.serve_worker import Worker
 from experiments.writing_flags import loaded_engine
@@ -37,8 +39,9 @@ def main() -> None:
     if key is None and HOST.value not in ('127.0.0.1', '::1', 'localhost'):
         print(f'Anyone who reaches {HOST.value} may use this server: set {KEY}.', file=sys.stderr)
     loaded, engine = loaded_engine(max_waiting=MAX_WAITING.value)
+    chat = chat_prompts(loaded)
     worker = Worker(engine, loaded.tokenizer.vocab_size)
-    app = App(worker, loaded.tokenizer, NAME.value or loaded.name, key)
+    app = App(worker, loaded.tokenizer, NAME.value or loaded.name, key, chat)
     try:
         uvicorn.run(app.application(), host=HOST.value, port=PORT.value, access_log=False)
     finally:

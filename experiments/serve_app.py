@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from distill.tokenizer import Tokenizer
+from experiments.chat_prompts import ChatPrompts
 from experiments.serve_answers import Answer
 from experiments.serve_errors import ApiError, as_api_error
 from experiments.serve_requests import Asked, read_chat, read_completion
@@ -28,13 +30,22 @@ class App:
         tokenizer: of its model.
         name: of its model.
         key: that callers must have; None lets everyone.
+        chat: that renders conversations; None for text as in training.
     """
 
-    def __init__(self, worker: Worker, tokenizer: Tokenizer, name: str, key: str | None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        tokenizer: Tokenizer,
+        name: str,
+        key: str | None,
+        chat: ChatPrompts | None = None,
+    ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
         self._name = name
         self._key = key
+        self._read_chat = functools.partial(read_chat, chat=chat)
 
     def application(self) -> Any:
         """Returns the ASGI application."""
@@ -142,7 +153,7 @@ class App:
         return await self._answer(request, read_completion)
 
     async def _chat(self, request: Any) -> Any:
-        return await self._answer(request, read_chat)
+        return await self._answer(request, self._read_chat)
 
     async def _answer(self, request: Any, read: Reader) -> Any:
         from starlette.responses import JSONResponse, StreamingResponse

@@ -7,6 +7,7 @@ from typing import Any
 
 from distill.formats import message_text
 from distill.tokenizer import Tokenizer
+from experiments.chat_prompts import ChatPrompts
 from experiments.serve_errors import ApiError
 from moe.errors import InputError
 from moe.requests import MAX_SEED, EngineConfig, Request
@@ -128,7 +129,7 @@ def read_completion(body: Any, tokenizer: Tokenizer, config: EngineConfig) -> As
         requests=_requests(
             fields,
             prompts,
-            tokenizer,
+            (tokenizer.eos_id,),
             config,
             default_tokens=DEFAULT_TOKENS,
             top_log_probs=count or 0,
@@ -143,8 +144,16 @@ def read_completion(body: Any, tokenizer: Tokenizer, config: EngineConfig) -> As
     )
 
 
-def read_chat(body: Any, tokenizer: Tokenizer, config: EngineConfig) -> Asked:
-    """Reads the body of a chat completion; messages become text as in training.
+def read_chat(
+    body: Any, tokenizer: Tokenizer, config: EngineConfig, chat: ChatPrompts | None = None
+) -> Asked:
+    """Reads the body of a chat completion.
+
+    Args:
+        body: as it was sent.
+        tokenizer: of the model.
+        config: of the engine.
+        chat: that renders conversations; None for text as in training.
 
     Raises:
         ApiError: naming the field that is unknown, missing or wrong.
@@ -153,8 +162,11 @@ def read_chat(body: Any, tokenizer: Tokenizer, config: EngineConfig) -> Asked:
     if 'max_completion_tokens' in fields:
         fields['max_tokens'] = fields['max_completion_tokens']
     try:
-        text = message_text(fields['messages'], 'messages')
-        prompt = _encoded(f'{text}assistant:', tokenizer)
+        if chat is None:
+            text = message_text(fields['messages'], 'messages')
+            prompt = _encoded(f'{text}assistant:', tokenizer)
+        else:
+            prompt = chat.encode(fields['messages'], 'messages')
     except (InputError, UnicodeEncodeError) as error:
         raise ApiError(str(error), param='messages') from error
     count, wanted = fields.get('top_logprobs', 0), fields.get('logprobs', False)
@@ -165,13 +177,13 @@ def read_chat(body: Any, tokenizer: Tokenizer, config: EngineConfig) -> Asked:
         requests=_requests(
             fields,
             [prompt],
-            tokenizer,
+            (tokenizer.eos_id,) if chat is None else chat.stop_ids,
             config,
             default_tokens=max(1, config.max_length - len(prompt)),
             top_log_probs=count,
             score_prompt=False,
         ),
-        stops=(*_stops(fields), NEXT_TURN),
+        stops=(*_stops(fields), NEXT_TURN) if chat is None else _stops(fields),
         stream=fields.get('stream', False),
         usage=_usage(fields),
         log_probs=wanted,
@@ -201,6 +213,7 @@ def _fields(body: Any, known: Mapping[str, tuple[_Check, str]], needed: str) -> 
 
 
 def _encoded(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    text.encode()  # half of a surrogate pair is a UnicodeEncodeError
     return (tokenizer.bos_id, *tokenizer.encode(text).tolist())
 
 
@@ -228,7 +241,7 @@ def _prompts(prompt: Any, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
 def _requests(
     fields: dict[str, Any],
     prompts: list[tuple[int, ...]],
-    tokenizer: Tokenizer,
+    stop_ids: tuple[int, ...],
     config: EngineConfig,
     *,
     default_tokens: int,
@@ -263,7 +276,7 @@ def _requests(
         prompt=(0,),
         max_new_tokens=tokens,
         sampling=sampling,
-        stop_ids=(tokenizer.eos_id,),
+        stop_ids=stop_ids,
         top_log_probs=top_log_probs,
         score_prompt=score_prompt,
     )
