@@ -17,6 +17,9 @@ Row = dict[str, Any]
 
 # The smallest slice of each kind that can be named; the layer is compiled for one chip of it.
 CHIPS = {'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
+# A v6e has fast memory left over, into which the compiler copies inputs; it counts both ends of
+# those copies, when they begin and when they end. With this much set aside there is none left.
+OPTIONS = {'v6e': {'xla_tpu_scoped_vmem_limit_kib': 98304}}
 
 
 class LayerShape(NamedTuple):
@@ -51,8 +54,7 @@ def tpu_rows(
     The compiler chooses how memory holds parameters and gradients (`jax.experimental.layout`), as a
     program may let it: gate and up projections [E, D, 2, F] lie as [E, 2, D, F], which the kernels
     read and write. Held as they are by default they are copied, and their gradient back. The train
-    step lets the compiler choose nothing; where its weights are float32 and its products bfloat16
-    the copy is the conversion that it makes anyway.
+    step lets the compiler choose nothing yet: its state keeps the default.
 
     What is above the least: each assignment's gate and up projections are written forward and read
     backward; its row is gathered and then read by the MLP, its output written and then gathered; a
@@ -128,7 +130,7 @@ def _layer_cost(chip: str, shape: LayerShape) -> dict[str, float]:
 
     chosen = Format(Layout.AUTO, sharding)
     jitted = jax.jit(step, in_shardings=chosen, out_shardings=chosen)
-    program = jitted.lower(variables, x, x).compile()
+    program = jitted.lower(variables, x, x).compile(compiler_options=OPTIONS.get(chip))
     text = program.as_text()
     if not text or ' while(' in text:
         raise RuntimeError(

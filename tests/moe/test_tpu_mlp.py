@@ -8,6 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from moe import tpu_grouped
+from moe.grouped_mlp import _looped, _looped_backward
 from moe.tpu_windows import TILE, from_windows, most_windows, to_windows, windows
 
 # Off the tile everywhere; three parts of the hidden columns; groups of several windows.
@@ -71,6 +72,19 @@ def test_equals_float64(case, dtype):
         assert error <= (2e-5 if dtype == 'float32' else 2e-2) * scale, (name, error, scale)
         if name in ('out', 'rows', 'weights'):
             np.testing.assert_array_equal(actual[sum(SIZES[case]) :], 0)
+
+
+@pytest.mark.parametrize('activation', ['gelu', 'clamped_swiglu'])
+def test_other_activations_equal_the_loop(activation):
+    arrays, cotangent = operands('float32')
+    sizes = jnp.array([150, 0, 3, 0, 4, 130])
+    out, both = tpu_grouped.forward(activation, True, *arrays, sizes, **SETTINGS)
+    gradients = tpu_grouped.backward(activation, *arrays, sizes, both, cotangent, **SETTINGS)
+    expected, kept = _looped(activation, True, *arrays, sizes)
+    others = _looped_backward(activation, *arrays, sizes, kept, cotangent)
+    for actual, want in zip((out, *gradients), (expected, *others), strict=True):
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(actual, want, atol=2e-5 * scale)
 
 
 def test_windows_are_up_to_so_many_rows_of_one_group():
