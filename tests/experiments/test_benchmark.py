@@ -339,15 +339,14 @@ def test_decode_rows_are_what_longer_texts_take_longer(monkeypatch: pytest.Monke
         'fractional/16/72': 5.0,
         'fast/1/8': 1.0,
         'fast/1/72': 9.0,
-        'fast/16/8': 1.0,
-        'fast/16/72': 17.0,
-        'slow/1/8': 1.0,
-        'slow/1/72': 17.0,
         'slow/16/8': 1.0,
         'slow/16/72': 9.0,
     }
+    short = [{'fast': 1.0, 'slow': 2.0}, {'fast': 2.0, 'slow': 1.0}]
 
     def fake(functions: dict, *, repeats: int) -> dict[str, float]:
+        if set(functions) == {'fast', 'slow'}:
+            return short.pop(0)
         assert set(functions) == set(seconds)
         return seconds
 
