@@ -130,7 +130,8 @@ def _layer_cost(chip: str, shape: LayerShape) -> dict[str, float]:
 
     chosen = Format(Layout.AUTO, sharding)
     jitted = jax.jit(step, in_shardings=chosen, out_shardings=chosen)
-    program = jitted.lower(variables, x, x).compile(compiler_options=OPTIONS.get(chip))
+    options: Any = OPTIONS.get(chip)
+    program = jitted.lower(variables, x, x).compile(compiler_options=options)
     text = program.as_text()
     if not text or ' while(' in text:
         raise RuntimeError(
