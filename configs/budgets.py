@@ -19,6 +19,7 @@ def get_config(steps: str = '200') -> ml_collections.ConfigDict:
     """Both variants see the same batches and the same teacher; one learns from the text too."""
     text = dict(text=base.term('cross_entropy', weight=0.5))
     half = dict(loss=base.term('forward_kl', weight=0.5))
-    config = small.sweep('teacher', dict(teacher={}, both=dict(student=dict(terms=half | text))))
-    config.study.student.train.update(steps=int(steps), checkpoint_every=int(steps))
-    return config
+    study = small.get_config()
+    study.student.train.update(steps=int(steps), checkpoint_every=int(steps))
+    variants = dict(teacher={}, both=dict(student=dict(terms=half | text)))
+    return small.sweep(study, 'teacher', variants)

@@ -24,4 +24,4 @@ def get_config() -> ml_collections.ConfigDict:
         skew_reverse_kl=base.term('skew_reverse_kl', lam=0.1),
     )
     variants = {name: dict(student=dict(terms=dict(loss=term))) for name, term in terms.items()}
-    return small.sweep('forward_kl', variants)
+    return small.sweep(small.get_config(), 'forward_kl', variants)

@@ -13,40 +13,25 @@ replayed (-0.071 to 0.093). experiments/studies/on_policy.md has all of it.
 
 import ml_collections
 
-from configs import base
+from configs import base, small
 
 
 def study() -> ml_collections.ConfigDict:
-    """A small dense teacher and a student of half its width, in the bytes of short documents."""
-    config = base.get_config()
-    config.data.update(tokenizer='byte', max_bytes=2_000_000, seq_len=96, batch_size=16)
-    config.data.update(held_out_fraction=0.1, held_out_documents=32)
-    for part, width in ((config.teacher, 128), (config.student, 64)):
-        part.model.update(num_layers=2, embed_dim=width, mlp_dim=3 * width)
-        part.model.attention.update(num_heads=2, num_kv_heads=1, head_dim=32)
-        part.optimizer.update(name='muon', learning_rate=5e-3, warmup_steps=20)
-    config.teacher.train.update(steps=400, checkpoint_every=400)
-
-    student = config.student
-    student.model.moe = None
-    student.balance.selection_bias_rate = 0.0
-    student.train.update(steps=200, checkpoint_every=200)
-    student.terms = dict(jsd=base.term('jsd', beta=0.5))
-    student.rollout = base.rollout()
-    student.rollout.max_new_tokens = 32
+    """The small study, in the bytes of short documents, by JSD and with a rollout."""
+    config = small.get_config()
+    config.data.update(tokenizer='byte', max_bytes=2_000_000, seq_len=96, held_out_documents=32)
+    config.student.terms = dict(jsd=base.term('jsd', beta=0.5))
+    config.student.rollout = base.rollout()
+    config.student.rollout.max_new_tokens = 32
     config.evaluate.update(context_length=96, sample_tokens=32)
     return config
 
 
 def get_config() -> ml_collections.ConfigDict:
     """All variants see the same batches and the same teacher, and differ in who writes."""
-    config = ml_collections.ConfigDict()
-    config.study = study()
-    config.seeds = (0, 1, 2)
-    config.baseline = 'text'
-    config.variants = dict(
+    variants = dict(
         text=dict(student=dict(rollout=dict(lmbda=0.0))),
         student=dict(student=dict(rollout=dict(lmbda=0.5))),
         replayed=dict(student=dict(rollout=dict(lmbda=0.5, replay_share=0.5, staleness=8))),
     )
-    return config
+    return small.sweep(study(), 'text', variants)

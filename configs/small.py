@@ -31,10 +31,12 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def sweep(baseline: str, variants: dict[str, dict]) -> ml_collections.ConfigDict:
-    """Variants of it, by what each changes, with three seeds."""
+def sweep(
+    study: ml_collections.ConfigDict, baseline: str, variants: dict[str, dict]
+) -> ml_collections.ConfigDict:
+    """Variants of a study, by what each changes, with three seeds."""
     config = ml_collections.ConfigDict()
-    config.study = get_config()
+    config.study = study
     config.seeds = (0, 1, 2)
     config.baseline = baseline
     config.variants = variants

@@ -22,4 +22,4 @@ def get_config() -> ml_collections.ConfigDict:
         top_k=dict(targets=dict(kind='top_k', k=12)),
         truncated=dict(targets=dict(kind='truncated', k=12)),
     )
-    return small.sweep('hidden', variants)
+    return small.sweep(small.get_config(), 'hidden', variants)

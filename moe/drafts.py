@@ -91,6 +91,31 @@ class Draft(Protocol):
         ...
 
 
+def draw_next(
+    logits: Float[Array, 'B V'],
+    seen: Bool[Array, 'B V'],
+    sampling: SamplingRows,
+    keys: Key[Array, 'B'],
+    number: Int[Array, ''],
+) -> tuple[Int[Array, 'B'], Float[Array, 'B V'], Bool[Array, 'B V']]:
+    """Draws the next token of a proposal.
+
+    Args:
+        logits: of the draft.
+        seen: which tokens stand in the text and in what is proposed so far.
+        sampling: of each row.
+        keys: of each row, for the whole proposal.
+        number: of the token in it.
+
+    Returns:
+        The tokens, what they were drawn from, and `seen` with them.
+    """
+    filtered = filter_logits(penalise(logits, seen, sampling.repetition_penalty), sampling)
+    own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    new = jax.vmap(jax.random.categorical)(own, filtered).astype(jnp.int32)
+    return new, jax.nn.softmax(filtered), seen.at[jnp.arange(new.size), new].set(True)
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
     """Proposes what followed the last tokens where they stood before; costs next to nothing.
@@ -183,12 +208,8 @@ class ModelDraft:
             cache, token, seen = carry
             positions = (cache.length - text.padding)[:, None]
             output: Any = self.model.apply(variables, token[:, None], positions, cache=cache)
-            logits = penalise(output.logits[:, 0], seen, sampling.repetition_penalty)
-            filtered = filter_logits(logits, sampling)
-            own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            new = jax.vmap(jax.random.categorical)(own, filtered).astype(jnp.int32)
-            seen = seen.at[jnp.arange(new.size), new].set(True)
-            return (output.cache, new, seen), (new, jax.nn.softmax(filtered))
+            new, probs, seen = draw_next(output.logits[:, 0], seen, sampling, keys, number)
+            return (output.cache, new, seen), (new, probs)
 
         carry = (state, text.last, text.seen)
         (cache, _, _), (tokens, probs) = jax.lax.scan(step, carry, jnp.arange(count + 1))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from moe.cache_layout import constrain_cache
-from moe.drafts import Proposal, Text
+from moe.drafts import Proposal, Text, draw_next
 from moe.look_ahead import empty_module_cache, predict_ahead
-from moe.sampling import SamplingRows, filter_logits, penalise
+from moe.sampling import SamplingRows
 from moe.transformer import Transformer
 from moe.types import KVCache
 
@@ -72,12 +72,8 @@ class ModuleDraft:
             positions = (cache.length - text.padding)[:, None]
             real = jnp.ones(positions.shape, jnp.int32)
             output = self._read(variables, hidden, token[:, None], positions, real, cache, True)
-            logits = penalise(output.logits[:, 0], seen, sampling.repetition_penalty)
-            filtered = filter_logits(logits, sampling)
-            own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            new = jax.vmap(jax.random.categorical)(own, filtered).astype(jnp.int32)
-            seen = seen.at[jnp.arange(new.size), new].set(True)
-            return (output.cache, output.hidden, new, seen), (new, jax.nn.softmax(filtered))
+            new, probs, seen = draw_next(output.logits[:, 0], seen, sampling, keys, number)
+            return (output.cache, output.hidden, new, seen), (new, probs)
 
         carry = (state.cache, state.hidden, text.last, text.seen)
         _, (tokens, probs) = jax.lax.scan(step, carry, jnp.arange(count))

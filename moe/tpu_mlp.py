@@ -23,6 +23,7 @@ from moe.tpu_windows import (
     like,
     merge_edge,
     over_chunks,
+    round_sum,
     to_windows,
     width_tile,
     window_rows,
@@ -222,11 +223,7 @@ def _kernel(*refs: Any, activation: Activation, keep: bool, groups: int) -> None
 
     @pl.when((group <= groups) & (high > 0) & (f == last))
     def _end() -> None:
-        def finish(first: Any) -> None:
-            narrow = total[pl.ds(first, CHUNK)].astype(window.dtype)
-            window[pl.ds(first, CHUNK)] = jnp.where(real, narrow, jnp.zeros_like(narrow))
-
-        over_chunks(high, finish)
+        round_sum(window, total, high, real)
         merge_edge(window, edge, low, high)
         copy_rows(store, high, lambda copy: copy.start())
         copy_rows(store, high, lambda copy: copy.wait())

@@ -19,6 +19,7 @@ from moe.tpu_windows import (
     merge_edge,
     over_chunks,
     own,
+    round_sum,
 )
 
 
@@ -154,11 +155,7 @@ def turn(*refs: Any, activation: Activation, groups: int) -> None:
 
     @pl.when((group <= groups) & (high > 0) & (f == last))
     def _end() -> None:
-        def finish(first: Any) -> None:
-            narrow = total[pl.ds(first, CHUNK)].astype(window.dtype)
-            window[pl.ds(first, CHUNK)] = jnp.where(real, narrow, jnp.zeros_like(narrow))
-
-        over_chunks(high, finish)
+        round_sum(window, total, high, real)
         merge_edge(window, edge, low, high)
         storing(lambda copy: copy.start())
         storing(lambda copy: copy.wait())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 TILE = 16
 # Rows of one product, and of one copy where there are as many.
@@ -197,6 +197,17 @@ def column(line: Float[Array, '1 128']) -> Float[Array, '128 1']:
 def line(column: Float[Array, '128 1']) -> Float[Array, '1 128']:
     """Turns a column of values into a line."""
     return jnp.broadcast_to(column, (CHUNK, CHUNK)).T[:1]
+
+
+def round_sum(window: Ref, total: Ref, rows: Int[Array, ''], real: Bool[Array, '']) -> None:
+    """Writes a window's sum over its rows, or zeros where they are of no group."""
+    from jax.experimental import pallas as pl
+
+    def chunk(first: Any) -> None:
+        narrow = total[pl.ds(first, CHUNK)].astype(window.dtype)
+        window[pl.ds(first, CHUNK)] = jnp.where(real, narrow, jnp.zeros_like(narrow))
+
+    over_chunks(rows, chunk)
 
 
 def merge_edge(window: Ref, edge: Ref, low: Any, high: Any) -> None:
