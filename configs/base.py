@@ -189,6 +189,8 @@ def remote() -> ml_collections.ConfigDict:
             temperature=1.0,  # of the texts that experiments.remote has written, as all below
             top_p=1.0,
             max_new_tokens=512,
+            # Of a row of prompts, by its fields, 'Question: {question}'; None: `prompt`, `messages`.
+            prompt=config_dict.placeholder(str),
             top_log_probs=0,  # ids listed beside each token, for scoring='written'
             keep_cut=False,  # whether texts that were cut off are data too
         )
@@ -322,7 +324,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = dict(
         source='python',  # or a path or glob of .txt, .jsonl, .parquet, ArrayRecord; or a folder
         # of .jsonl logs, in which new files join at the next epoch
-        field='text',  # of a .jsonl or .parquet row; 'messages' is rendered as a conversation
+        # Of a .jsonl or .parquet row; 'messages' is rendered as a conversation, and a text with
+        # names of fields, 'Question: {question}', with what they hold.
+        field='text',
         filter=config_dict.placeholder(str),  # of logs: an installed filter of personal data
         allow_unlicensed=False,  # of logs: whether rows without a `licence` are trained on
         route_field=config_dict.placeholder(str),  # of a row: which of `more_teachers` teaches it
@@ -330,6 +334,10 @@ def get_config() -> ml_collections.ConfigDict:
         tokenizer='bpe',  # 'bpe' (trained once on the train split) or 'byte'
         vocab_size=4096,  # entries of the 'bpe' tokenizer
         held_out_fraction=0.05,  # of the documents
+        # Text of its own to hold out, instead of that fraction; and the field of its rows, where
+        # it is another.
+        held_out_source=config_dict.placeholder(str),
+        held_out_field=config_dict.placeholder(str),
         held_out_documents=200,  # evaluated at most
         seq_len=256,  # tokens
         batch_size=16,  # rows, over all hosts

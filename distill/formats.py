@@ -3,12 +3,16 @@
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe.errors import InputError
 
 Texts = Iterator[tuple[str, str]]
+
+# Of a text that is made of several fields.
+_NAMED = re.compile(r'\{(\w+)\}')
 
 
 def read_file(path: str, field: str) -> Texts:
@@ -17,7 +21,7 @@ def read_file(path: str, field: str) -> Texts:
     Args:
         path: of a `.txt` or `.py` (one text), or a `.jsonl`, `.parquet`, `.array_record` or
             `.arrayrecord` (a text for each record).
-        field: of a record: a string, or OpenAI-style messages.
+        field: of a record, see `record_text`.
 
     Returns:
         Pairs of what to add to the file's name to name the text, and the text.
@@ -99,9 +103,11 @@ def _parquet(path: str, field: str) -> Texts:
         ) from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        _require_field(file.schema_arrow.names, field, path)
+        columns = _NAMED.findall(field) or [field]
+        for column in columns:
+            _require_field(file.schema_arrow.names, column, path)
         number = 0
-        for batch in file.iter_batches(columns=[field]):
+        for batch in file.iter_batches(columns=columns):
             for record in batch.to_pylist():
                 yield f':{number}', record_text(record, field, f'{path}, row {number}')
                 number += 1
@@ -154,6 +160,12 @@ def _require_field(names: Sequence[str], field: str, where: str) -> None:
 def record_text(record: Any, field: str, where: str) -> str:
     """Returns the text of a record's field; messages are rendered.
 
+    Args:
+        record: a JSON object.
+        field: that holds a string or OpenAI-style messages; or a text in which each `{name}` stands
+            for that of a field, such as 'Question: {question}'.
+        where: what the record is called in an error.
+
     Raises:
         InputError: the record has no such field, or no text in it.
     """
@@ -162,6 +174,8 @@ def record_text(record: Any, field: str, where: str) -> str:
             f'{where}: must be a JSON object with the field {field!r}; received a '
             f'{type(record).__name__}.'
         )
+    if _NAMED.search(field):
+        return _NAMED.sub(lambda named: record_text(record, named[1], where), field)
     _require_field(list(record), field, where)
     value = record[field]
     text = message_text(value, where) if isinstance(value, list) else value

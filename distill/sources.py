@@ -48,7 +48,8 @@ def read_documents(source: str, *, field: str = 'text') -> list[Document]:
             built, the near-identical tables under `encodings`, and topics that mostly repeat longer
             ones: copies on both sides of a split would reward memory.
         field: of a JSON object or parquet row: a string, or OpenAI-style messages (a list of
-            objects with `role` and `content`), each rendered as `role: content` and a blank line.
+            objects with `role` and `content`), each rendered as `role: content` and a blank line;
+            or a text in which each `{name}` stands for that of a field.
 
     Returns:
         Documents in order of path, then of position. Blank texts are left out.

@@ -8,7 +8,7 @@ import pathlib
 from types import TracebackType
 from typing import Any
 
-from distill.formats import message_text
+from distill.formats import message_text, record_text
 from experiments.text_stream import TextStream
 from experiments.workdir import read_json, write_json
 from moe.errors import InputError
@@ -32,8 +32,13 @@ class Prompt:
     messages: list[dict[str, Any]] | None = None
 
 
-def read_prompts(path: pathlib.Path) -> list[Prompt]:
+def read_prompts(path: pathlib.Path, field: str | None = None) -> list[Prompt]:
     """Reads every prompt of a `.jsonl` file; blank lines are none.
+
+    Args:
+        path: of the file.
+        field: of its rows, see `distill.formats.record_text`, whose text is to be continued; None
+            for rows with `prompt` or `messages`.
 
     Raises:
         InputError: naming every line that is no prompt, or where there is no prompt at all.
@@ -43,14 +48,15 @@ def read_prompts(path: pathlib.Path) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            prompts.append(_prompt(number, line.decode()))
+            prompts.append(_prompt(number, json.loads(line.decode()), field))
         except ValueError as error:  # of json, of utf-8, or an InputError
             broken.append(f'  line {number}: {error}')
     if broken:
         more = [f'  ... and {len(broken) - 16} more'] if len(broken) > 16 else []
         lines = '\n'.join([*broken[:16], *more])
+        required = "'prompt' or 'messages'" if field is None else f'the fields of {field!r}'
         raise InputError(
-            f"{path}: every line must be a JSON object with 'prompt' or 'messages':\n{lines}\n"
+            f'{path}: every line must be a JSON object with {required}:\n{lines}\n'
             'Mend or remove them; nothing was written.'
         )
     if not prompts:
@@ -58,8 +64,9 @@ def read_prompts(path: pathlib.Path) -> list[Prompt]:
     return prompts
 
 
-def _prompt(number: int, line: str) -> Prompt:
-    record = json.loads(line)
+def _prompt(number: int, record: Any, field: str | None) -> Prompt:
+    if field is not None:
+        return Prompt(number, record_text(record, field, 'it'), record.get('id'))
     if not isinstance(record, dict) or ('prompt' in record) == ('messages' in record):
         raise InputError("it has not one of 'prompt' and 'messages'")
     unknown = sorted(set(record) - {'prompt', 'messages', 'id'})

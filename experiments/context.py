@@ -98,7 +98,10 @@ class Context:
                 f'data.max_bytes={data.max_bytes}',
                 file=sys.stderr,
             )
-        return split_documents(documents, data.held_out_fraction, self.study.seed)
+        if data.held_out_source is None:
+            return split_documents(documents, data.held_out_fraction, self.study.seed)
+        held_out = read_documents(data.held_out_source, field=data.held_out_field or data.field)
+        return _without(documents, held_out), held_out
 
     @property
     def teacher_folder(self) -> pathlib.Path:
@@ -145,9 +148,7 @@ class Context:
         """What is trained on in an epoch: all that was held out at first stays held out."""
         if self.ledger is None or epoch == 0:
             return self.split[0]
-        held_out = {document.text for document in self.split[1]}
-        found = _limited(self._logged(epoch), self.study.data.max_bytes)
-        return [document for document in found if document.text not in held_out]
+        return _without(_limited(self._logged(epoch), self.study.data.max_bytes), self.split[1])
 
     def _epoch_corpus(self, epoch: int) -> TokenCorpus:
         documents, tokenizer = self.epoch_documents(epoch), self.tokenizer
@@ -282,6 +283,18 @@ class Context:
         """What a checkpoint of a student, or of a teacher, must agree with to be used here."""
         tokenizer = self.teacher_tokenizer if teacher else self.tokenizer
         return {'model': model_identity(config), 'tokenizer': tokenizer.fingerprint}
+
+
+def _without(documents: list[Document], held_out: list[Document]) -> list[Document]:
+    """Leaves out the text that is held out."""
+    texts = {document.text for document in held_out}
+    kept = [document for document in documents if document.text not in texts]
+    if not kept:
+        raise InputError(
+            f'data.source must hold text besides what is held out; all of its {len(documents)} '
+            'documents are in data.held_out_source. Name another.'
+        )
+    return kept
 
 
 def _limited(documents: list[Document], max_bytes: int) -> list[Document]:

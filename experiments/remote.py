@@ -5,7 +5,8 @@
 The config is a study's with teacher.source='remote': where the server is, which environment
 variable holds its key, what it may cost, and the teacher's declaration, without which it is asked
 nothing. A line of the prompts is a JSON object with `messages`, which a chat completion answers, or
-with `prompt`, which a completion continues; and an `id`, if it is to be found again by one.
+with `prompt`, which a completion continues; and an `id`, if it is to be found again by one. Rows of
+another kind become prompts by their fields: --config.teacher.remote.prompt='Question: {question}'.
 
 WORKDIR/remote/texts.jsonl has a line for each text, in the order of the prompts, with the teacher
 and its licence; the same study reads it with --config.data.source=WORKDIR/remote/texts.jsonl and
@@ -54,7 +55,7 @@ def main() -> None:
             "experiments.remote needs config.teacher.source='remote'; received "
             f'{study.teacher.source!r}. A model of ours writes with experiments.generate.'
         )
-    prompts = read_prompts(pathlib.Path(cli.required(PROMPTS)))
+    prompts = read_prompts(pathlib.Path(cli.required(PROMPTS)), study.teacher.remote.prompt)
     texts = Texts(study, prompts)
     server = study.teacher.remote.server()
     stop = StopSignal()

@@ -44,6 +44,8 @@ class RemoteConfig:
         temperature: of the texts.
         top_p: of the texts.
         max_new_tokens: of each text.
+        prompt: of a row of the file of prompts: a text in which each `{name}` stands for that of a
+            field; None for rows with `prompt` or `messages`.
         top_log_probs: ids listed beside each token of a text; 0 for none.
         keep_cut: whether texts that were cut off at `max_new_tokens` are data too; an end is put
             behind them like behind any other.
@@ -67,6 +69,7 @@ class RemoteConfig:
     temperature: float
     top_p: float
     max_new_tokens: int
+    prompt: str | None
     top_log_probs: int
     keep_cut: bool
 

@@ -42,7 +42,8 @@ class TextConfig:
 
     Attributes:
         source: 'python', a path or glob, or a folder of `.jsonl` logs that may grow.
-        field: of a row of .jsonl, .parquet or ArrayRecord.
+        field: of a row of .jsonl, .parquet or ArrayRecord; or a text in which each `{name}` stands
+            for that of a field.
         filter: of a folder of logs: the installed filter that takes out what is personal; None for
             none. See `experiments.filters`.
         allow_unlicensed: of a folder of logs: whether rows without a licence are trained on.
@@ -52,6 +53,9 @@ class TextConfig:
         tokenizer: 'byte', or 'bpe', trained once on the train split.
         vocab_size: entries of the 'bpe' tokenizer.
         held_out_fraction: of the documents.
+        held_out_source: text of its own to hold out, as `source` but no folder, instead of that
+            fraction; what of it is in `source` too is not trained on. None for none.
+        held_out_field: of its rows; None for `field`.
         held_out_documents: evaluated at most.
         seq_len: tokens of a row.
         batch_size: rows of a batch, over all hosts.
@@ -68,6 +72,8 @@ class TextConfig:
     held_out_documents: int
     seq_len: int
     batch_size: int
+    held_out_source: str | None = None
+    held_out_field: str | None = None
     route_field: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +81,11 @@ class TextConfig:
             require(getattr(self, name) > 0, f'data.{name}', 'positive', getattr(self, name))
         fraction = self.held_out_fraction
         require(0 < fraction < 1, 'data.held_out_fraction', 'between 0 and 1', fraction)
+        if self.held_out_field is not None and self.held_out_source is None:
+            raise InputError(
+                'data.held_out_field is of the rows of data.held_out_source; received '
+                f'{self.held_out_field!r} and None. Name the source too, or leave the field out.'
+            )
 
     @property
     def model_vocab_size(self) -> int:
