@@ -189,7 +189,8 @@ def remote() -> ml_collections.ConfigDict:
             temperature=1.0,  # of the texts that experiments.remote has written, as all below
             top_p=1.0,
             max_new_tokens=512,
-            # Of a row of prompts, by its fields, 'Question: {question}'; None: `prompt`, `messages`.
+            # Of a row of prompts, by its fields, such as 'Question: {question}'; None for rows of
+            # `prompt` or `messages`.
             prompt=config_dict.placeholder(str),
             top_log_probs=0,  # ids listed beside each token, for scoring='written'
             keep_cut=False,  # whether texts that were cut off are data too

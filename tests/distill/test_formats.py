@@ -92,6 +92,25 @@ def test_parquet_reads_strings_and_messages(tmp_path):
     assert read(path, 'chat') == [(':0', 'user: Hi?\n\n'), (':1', 'user: Hi?\n\n' * 2)]
 
 
+TEMPLATE = 'Q: {question}\nA: {answer} {0'
+
+
+def test_a_template_of_fields_is_filled_in(tmp_path):
+    # What a field holds is no template itself.
+    rows = [{'question': 'two and {answer}?', 'answer': '4'}, {'question': 'é', 'answer': ''}]
+    filled = ['Q: two and {answer}?\nA: 4 {0', 'Q: é\nA:  {0']
+    path = write(tmp_path / 'a.jsonl', '\n'.join(map(json.dumps, rows)))
+    assert read(path, TEMPLATE) == [(':1', filled[0]), (':2', filled[1])]
+    path = str(tmp_path / 'a.parquet')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert read(path, TEMPLATE) == [(':0', filled[0]), (':1', filled[1])]
+    with pytest.raises(InputError, match="the field 'grade' is missing"):
+        read(path, '{question} {grade}')
+    path = write(tmp_path / 'b.jsonl', '{"question": "?", "answer": 3}')
+    with pytest.raises(InputError, match="line 1: the field 'answer' must be a string"):
+        read(path, TEMPLATE)
+
+
 def test_parquet_errors(tmp_path, monkeypatch):
     path = str(tmp_path / 'a.parquet')
     pyarrow.parquet.write_table(pyarrow.table({'body': ['a', None], 'id': [1, 2]}), path)

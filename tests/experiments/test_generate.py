@@ -152,6 +152,18 @@ def test_broken_lines_are_all_named(tmp_path):
         read_prompts(file)
 
 
+def test_rows_of_another_kind_are_prompts_by_their_fields(tmp_path):
+    file = tmp_path / 'in.jsonl'
+    file.write_text('{"question": "2 + 2?", "answer": "4", "id": 7}\n{"question": "3?"}\n')
+    prompts = read_prompts(file, 'Q: {question}\nA:')
+    assert [(p.line, p.text, p.id, p.messages) for p in prompts] == [
+        (1, 'Q: 2 + 2?\nA:', 7, None),
+        (2, 'Q: 3?\nA:', None, None),
+    ]
+    with pytest.raises(InputError, match=r"fields of '\{answer\}':\n  line 2: .*'answer' is miss"):
+        read_prompts(file, '{answer}')
+
+
 def test_a_stream_holds_back_what_may_still_change():
     stream = TextStream(ByteTokenizer(), ['end', '\n\n'])
     given = [stream.feed(byte) for byte in 'aü e.en'.encode()]
