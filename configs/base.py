@@ -359,6 +359,8 @@ def get_config() -> ml_collections.ConfigDict:
         mtp_weight=0.0,  # of the loss over tokens further ahead; above 0 with model.mtp_depth
         ema_decay=0.999,  # of 'ema', at each update
         weight=1.0,  # in the loss, beside those of `more_teachers`
+        # Equal parts of a batch that it reads one by one while it teaches; None: the student's.
+        micro_batches=config_dict.placeholder(int),
         mesh=_mapping(),  # `mesh()`, of the last devices, to teach apart from the student
     )
     config.more_teachers = _mapping()  # `further_teachers()`

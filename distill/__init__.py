@@ -46,6 +46,7 @@ from distill.foreign_teacher import ForeignTeacher
 from distill.fused import fused_distillation_loss
 from distill.objective import Objective, Term
 from distill.panel import TeacherPanel
+from distill.partwise import PartwiseTeacher
 from distill.provenance import Provenance
 from distill.remote import RemoteServer, Request
 from distill.returns import normalized_returns
@@ -79,6 +80,7 @@ __all__ = [
     'Manner',
     'Objective',
     'OnlineTeacher',
+    'PartwiseTeacher',
     'Provenance',
     'RemoteServer',
     'Request',

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from distill import distributed
+from distill.partwise import PartwiseTeacher
 from distill.teacher import OnlineTeacher
 from distill.types import Batch, HiddenTargets
 from moe.errors import InputError
@@ -47,12 +48,20 @@ class Shipper:
         teacher: its model's mesh, if any, is its own.
         variables: on the teacher's devices.
         meshes: the student's and the teacher's, of different devices of this process.
+        micro_batches: parts of a batch that the teacher reads one after the other.
 
     Attributes:
         head: the variables of a `SeparateTeacher`, on the student's devices.
     """
 
-    def __init__(self, teacher: OnlineTeacher, variables: Any, meshes: tuple[Mesh, Mesh]) -> None:
+    def __init__(
+        self,
+        teacher: OnlineTeacher,
+        variables: Any,
+        meshes: tuple[Mesh, Mesh],
+        *,
+        micro_batches: int = 1,
+    ) -> None:
         if jax.process_count() > 1:
             raise InputError(
                 'A teacher on devices of its own needs all devices in one process, which hands '
@@ -61,8 +70,9 @@ class Shipper:
             )
         student, own = (batch_sharding(mesh) for mesh in meshes)
         self._student, self._own, self._variables = student, own, variables
+        partwise = PartwiseTeacher(teacher, micro_batches)
         self._hidden = jax.jit(
-            lambda variables, batch: teacher.targets(variables, batch).hidden, out_shardings=own
+            lambda variables, batch: partwise.ahead(variables, batch).targets, out_shardings=own
         )
         head = jax.jit(output_head, static_argnums=0)(teacher.model.config, variables['params'])
         head = head.astype(teacher.model.config.dtype)

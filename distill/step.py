@@ -17,6 +17,7 @@ from distill.foreign_teacher import ForeignTeacher, SharedCounts, foreign_loss, 
 from distill.mtp_loss import mtp_loss, require_weight
 from distill.objective import Objective
 from distill.panel import TeacherPanel, panel_loss, require_panel
+from distill.partwise import PartwiseTeacher, split_rows
 from distill.projectors import (
     PROJECTORS,
     initial_projectors,
@@ -103,10 +104,12 @@ class Recipe:
         require_foreign(self.objective, self.teacher, writes=self.rollout is not None)
         if self.rollout is not None:
             self._require_authors(self.rollout)
-        if self.objective.return_weight > 0 and not isinstance(self.teacher, OnlineTeacher):
+        own = self.teacher
+        whole = own.teacher if isinstance(own, PartwiseTeacher) else own
+        if self.objective.return_weight > 0 and not isinstance(whole, OnlineTeacher):
             raise InputError(
                 'return_weight needs the whole distribution of a teacher that runs beside the '
-                f'student; received {type(self.teacher).__name__}. Use targets of kind hidden.'
+                f'student; received {type(whole).__name__}. Use targets of kind hidden.'
             )
 
     @property
@@ -224,6 +227,8 @@ def make_train_step(
         if recipe.ema_decay is not None:
             teacher = state.ema
         batch, replay, written = _rolled_out(recipe, state, teacher, batch)
+        if isinstance(recipe.teacher, PartwiseTeacher):
+            batch = recipe.teacher.ahead(teacher, batch)
         gradients, totals, max_logits = _gradients(recipe, state, teacher, batch)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
@@ -347,7 +352,7 @@ def _gradients(
 ) -> tuple[Any, _Totals, Any]:
     """Returns the whole batch's gradients, sums and largest logits, one micro-batch at a time."""
     count = recipe.train.micro_batches
-    parts = _Part(_split(batch, count), jnp.arange(count))
+    parts = _Part(split_rows(batch, count), jnp.arange(count))
     # A batch of padding alone has nothing to average over, and a loss of zero.
     whole = _Whole(
         tokens=jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1),
@@ -532,12 +537,3 @@ def _asked(recipe: Recipe, variables: Any, batch: Batch) -> tuple[Any, Inside | 
         return teacher.targets(variables, batch), None
     said = teacher.targets_and_inside(variables, batch, activations_of(features))
     return said[0], Inside.of(teacher.model.config, *said[1:])
-
-
-def _split(batch: Batch, parts: int) -> Batch:
-    """Splits rows into equal parts, each of every `parts`-th row, so that row shards stay local."""
-
-    def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-
-    return jax.tree.map(split, batch)

@@ -27,6 +27,9 @@ def require_fit(study: StudyConfig, mesh: Mesh, teacher_mesh: Mesh | None = None
         f'config.data.batch_size / {who}.train.micro_batches': size // train.micro_batches
         for who, train in (('teacher', study.teacher.train), ('student', study.student.train))
     }
+    parts = study.teacher.micro_batches
+    if parts is not None and teacher_mesh in (None, mesh):
+        micro_batches['config.data.batch_size / config.teacher.micro_batches'] = size // parts
     rows = micro_batches | {
         'config.evaluate.batch_size': study.evaluate.batch_size,
         'config.evaluate.prefill_batch': study.evaluate.prefill_batch,
@@ -38,9 +41,11 @@ def require_fit(study: StudyConfig, mesh: Mesh, teacher_mesh: Mesh | None = None
                 f'and expert split its rows into; received {received}. Change it, or the mesh.'
             )
     teacher_mesh = mesh if teacher_mesh is None else teacher_mesh
+    size //= parts or 1
     if size % batch_shards(teacher_mesh):
+        divided = 'config.data.batch_size' + (' / config.teacher.micro_batches' if parts else '')
         raise InputError(
-            f'config.data.batch_size must be a multiple of {batch_shards(teacher_mesh)}, the parts '
+            f'{divided} must be a multiple of {batch_shards(teacher_mesh)}, the parts '
             f'that config.teacher.mesh splits its rows into; received {size}. Change one of them.'
         )
     more = {f'more_teachers.{name}': own.model for name, own in (study.more_teachers or {}).items()}

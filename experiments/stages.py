@@ -20,6 +20,7 @@ from distill.loop import Stopped
 from distill.objective import Objective
 from distill.optimizer import OptimizerConfig, make_optimizer
 from distill.panel import TeacherPanel
+from distill.partwise import PartwiseTeacher
 from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.projectors import projector_axes
 from distill.provenance import Provenance, require_permission
@@ -173,7 +174,12 @@ def student(context: Context) -> dict[str, Any]:
         teacher, variables = None, {}
     elif context.study.teacher.mesh is not None:
         model, variables = load_teacher(context, mesh=context.teacher_mesh)
-        ship = Shipper(OnlineTeacher(model), variables, (context.mesh, context.teacher_mesh))
+        ship = Shipper(
+            OnlineTeacher(model),
+            variables,
+            (context.mesh, context.teacher_mesh),
+            micro_batches=context.study.teacher.micro_batches or 1,
+        )
         teacher, variables = SeparateTeacher(), ship.head
     else:
         teacher, variables = _online_teacher(context)
@@ -347,7 +353,8 @@ def _online_teacher(context: Context) -> tuple[Teacher, Any]:
     An average of the student has its variables in the state that is trained.
     """
     if context.study.teacher.source == 'ema':
-        return OnlineTeacher(context.model(context.study.student.model)), {}
+        own = OnlineTeacher(context.model(context.study.student.model))
+        return _in_parts(context, own), {}
     model, variables = load_teacher(context)
     if context.study.student.cross_tokenizer is not None:
         both = context.tokenizer, context.teacher_tokenizer
@@ -356,8 +363,15 @@ def _online_teacher(context: Context) -> tuple[Teacher, Any]:
     if context.study.more_teachers:
         return _panel(context, online, variables)
     if context.study.targets.kind == 'hidden':
-        return online, variables
-    return EstimatedTeacher(online, online_estimator(context, model, variables)), variables
+        return _in_parts(context, online), variables
+    estimator = online_estimator(context, model, variables)
+    return _in_parts(context, EstimatedTeacher(online, estimator)), variables
+
+
+def _in_parts(context: Context, teacher: OnlineTeacher | EstimatedTeacher) -> Teacher:
+    """The teacher, in its own parts of a batch where the config says how many."""
+    parts = context.study.teacher.micro_batches
+    return teacher if parts is None else PartwiseTeacher(teacher, parts)
 
 
 def _panel(context: Context, first: OnlineTeacher, variables: Any) -> tuple[Teacher, Any]:

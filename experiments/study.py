@@ -29,6 +29,7 @@ from experiments.panel_config import FurtherTeacherConfig, require_together
 from experiments.remote_checks import require_askable, require_text_alone
 from experiments.remote_config import RemoteConfig
 from experiments.teacher_mesh import require_separable
+from experiments.teacher_parts import require_partable
 from experiments.tokenizers import folder_tokenizer
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
@@ -116,6 +117,8 @@ class TeacherConfig:
         ema_decay: of the average, with source='ema': after each update it is `ema_decay` times
             itself and the rest the new parameters; in [0, 1).
         weight: in the loss, beside those of `more_teachers`; positive.
+        micro_batches: equal parts of a batch that it reads one after the other while it teaches;
+            None for those of the student.
         mesh: of the last devices, on which it teaches alone; None to share those of the student.
             All else that it does is done on `config.mesh`.
     """
@@ -131,6 +134,7 @@ class TeacherConfig:
     mtp_weight: float | Schedule = 0.0
     ema_decay: float = 0.999
     weight: float = 1.0
+    micro_batches: int | None = None
     mesh: MeshConfig | None = None
 
     @property
@@ -423,6 +427,8 @@ class StudyConfig:
             )
         if self.student.cross_tokenizer is not None:
             require_two_tokenizers(self)
+        if self.teacher.micro_batches is not None:
+            require_partable(self)
         if self.teacher.mesh is not None:
             require_separable(self)
         if self.teacher.source == 'ema':

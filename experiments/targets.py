@@ -25,6 +25,7 @@ from distill.estimators import (
     draws_for,
 )
 from distill.loop import Stopped
+from distill.partwise import PartwiseTeacher
 from distill.provenance import require_permission
 from distill.teacher import EstimatedTeacher, OnlineTeacher
 from distill.types import Batch
@@ -80,8 +81,12 @@ def write_targets(
     folder = context.workdir.stage('targets')
     estimator = _estimator(context, model, variables, folder)
     writer = _writer(context, estimator, folder, teacher, sharding)
+    teacher_in_parts = PartwiseTeacher(
+        EstimatedTeacher(OnlineTeacher(model), estimator), context.study.teacher.micro_batches or 1
+    )
     estimate = jax.jit(
-        EstimatedTeacher(OnlineTeacher(model), estimator).targets, out_shardings=sharding
+        lambda variables, batch: teacher_in_parts.ahead(variables, batch).targets,
+        out_shardings=sharding,
     )
     pending: tuple[Batch, Any] | None = None
     tokens_per_step = context.study.data.batch_size * context.study.data.seq_len

@@ -67,6 +67,8 @@ def test_apart_it_is_the_same_update():
     state = initial_state(recipe, variables(STUDENT))
     params = jax.device_put(state.params, variable_shardings(recipe.model, own)['params'])
     batch = ship(make_batch())
+    in_parts = Shipper(OnlineTeacher(model), known, (own, its), micro_batches=2)(make_batch())
+    np.testing.assert_allclose(in_parts.targets, batch.targets, rtol=1e-5, atol=1e-5)
     # Hidden states were shipped, to where the student's rows are, and nothing of width V.
     assert batch.targets.shape == (B, T, TEACHER.embed_dim)
     assert batch.targets.sharding.is_equivalent_to(batch_sharding(own), 3)

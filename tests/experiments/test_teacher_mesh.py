@@ -24,13 +24,15 @@ def get_config():
     config.student.balance.selection_bias_rate = 0.0
     config.student.train.steps = config.teacher.train.steps = 4
     config.teacher.mesh = base.mesh(fsdp=2)
+    config.teacher.micro_batches = 4
     return config
 """
 
 
 def test_it_learns_as_beside_its_teacher(launcher: Launcher, tmp_path: pathlib.Path):
     losses = []
-    for devices, config in ((4, CONFIG), (1, CONFIG.replace('base.mesh(fsdp=2)', 'None'))):
+    beside = CONFIG.replace('base.mesh(fsdp=2)', 'None')
+    for devices, config in ((4, CONFIG), (1, beside)):
         path, workdir = tmp_path / f'{devices}.py', tmp_path / str(devices)
         path.write_text(config)
         finished = launcher.run(
