@@ -125,7 +125,10 @@ def product(
         weight: of one matrix.
         dtype: of the result; None for that of `x`.
     """
-    values = weight.values.astype(x.dtype)
+    # Bound to the rows: a loop over tokens would convert the matrix once, before it, and then read
+    # floats.
+    x, integers = jax.lax.optimization_barrier((x, weight.values))
+    values = integers.astype(x.dtype)
 
     def rows(x: Array) -> Array:
         return jnp.matmul(x, values.T, preferred_element_type=jnp.float32)

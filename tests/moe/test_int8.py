@@ -95,6 +95,20 @@ def test_products_equal_those_in_float64(rows):
     np.testing.assert_allclose(half.astype(np.float32), expected, rtol=0.1, atol=4)
 
 
+@pytest.mark.parametrize('rows', [1, 5])
+def test_a_loop_over_tokens_keeps_no_copy_in_floats(rows):
+    weight = quantised(jnp.ones((256, 512)), (512,))
+    x = jnp.ones((rows, 256))
+
+    def text(x, weight):
+        return jax.lax.fori_loop(0, 8, lambda _, x: product(x, weight)[:, :256], x)
+
+    program = jax.jit(text).lower(x, weight).compile()
+    outside = [line for line in program.as_text().splitlines() if ' while(' in line]
+    assert outside
+    assert not any('f32[512,256]' in line or 'f32[256,512]' in line for line in outside)
+
+
 @pytest.mark.parametrize('form', [few_tokens._one_by_one, few_tokens._at_once])
 def test_experts_of_a_token_or_two_equal_rounded_floats(form):
     rng = np.random.default_rng(0)
