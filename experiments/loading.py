@@ -17,7 +17,7 @@ from experiments.workdir import read_json
 from moe.config import DType, TransformerConfig
 from moe.convert import load_pretrained
 from moe.errors import InputError
-from moe.int8 import quantise
+from moe.quantised import Weights, quantise
 from moe.sharding import MeshConfig, make_mesh, variable_shardings
 from moe.transformer import Transformer
 from moe.unstacked import relaid, unrolled
@@ -123,17 +123,17 @@ def load_stage(
     )
 
 
-def in_integers(loaded: Loaded) -> Loaded:
-    """Rounds a model's matrices to integers of 8 bits; its floats are given up.
+def with_weights(loaded: Loaded, weights: Weights) -> Loaded:
+    """Quantises a model's matrices; its floats are given up.
 
     Raises:
         InputError: where it is on several devices.
     """
     return dataclasses.replace(
         loaded,
-        name=f'{loaded.name}/int8',
-        variables=quantise(loaded.model, loaded.variables),
-        sha256=hashlib.sha256(f'int8 {loaded.sha256}'.encode()).hexdigest(),
+        name=f'{loaded.name}/{weights}',
+        variables=quantise(loaded.model, loaded.variables, weights),
+        sha256=hashlib.sha256(f'{weights} {loaded.sha256}'.encode()).hexdigest(),
     )
 
 

@@ -3,8 +3,9 @@
 from absl import flags
 
 from experiments import cli
-from experiments.loading import Loaded, in_integers, load_model_of
+from experiments.loading import Loaded, load_model_of, with_weights
 from moe.engine import Engine
+from moe.quantised import FORMATS
 from moe.requests import EngineConfig
 from moe.sharding import MeshConfig
 
@@ -15,7 +16,7 @@ ROWS = flags.DEFINE_integer('rows', 8, 'Texts written at once.', lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
 DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)
-INT8 = flags.DEFINE_boolean('int8', False, 'Matrices as integers of 8 bits, see moe.int8.')
+WEIGHTS = flags.DEFINE_enum('weights', None, list(FORMATS), 'To quantise to, see moe.quantised.')
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the weights are split over.', 1)
 
 
@@ -24,7 +25,7 @@ def loaded_model(checkpoint: str) -> Loaded:
     alone = DATA.value == TENSOR.value == 1
     mesh = None if alone else MeshConfig(data=DATA.value, tensor=TENSOR.value)
     loaded = load_model_of(checkpoint, mesh=mesh, dtype=DTYPE.value)
-    return in_integers(loaded) if INT8.value else loaded
+    return loaded if WEIGHTS.value is None else with_weights(loaded, WEIGHTS.value)
 
 
 def loaded_engine(*, max_waiting: int) -> tuple[Loaded, Engine]:

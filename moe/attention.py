@@ -13,9 +13,9 @@ from moe.attention_context import AttentionContext
 from moe.cache_rows import write_ring, write_rows
 from moe.config import AttentionConfig, TransformerConfig
 from moe.dot_product import attention_and_highest
-from moe.int8 import Kernel, stored_kernel
 from moe.layers import kernel_init, linear, norm_of, partitioned
 from moe.qk_clip import record_max_logits
+from moe.quantised import Kernel, stored_kernel
 from moe.rope import apply_rope
 from moe.sharding import LogicalAxes, constrain
 from moe.types import KeyValueCache

@@ -23,7 +23,7 @@ from moe.config import Activation, Dispatch
 from moe.expert_mlp import ExpertBiases, weighted_hidden
 from moe.few_tokens import FEW_TOKENS, chosen_experts
 from moe.grouped_mlp import grouped_mlp
-from moe.int8 import Kernel, dequantised
+from moe.quantised import Kernel, dequantised
 from moe.row_gather import gathered, gathered_sum, sorted_weights
 
 
@@ -204,8 +204,8 @@ def dispatch(
         ids: chosen experts, distinct for each token; `E` for none.
         weights: of the chosen experts, float32; differentiable.
         mask: False uses no slot and costs no product; its output and every gradient are zero.
-        gate_up: gate (index 0) and up projections of every expert, [E, D, 2, F]; or integers.
-        down: down projections of every expert, [E, F, D]; or integers.
+        gate_up: gate (index 0) and up projections of every expert, [E, D, 2, F]; or quantised.
+        down: down projections of every expert, [E, F, D]; or quantised.
         method: 'dense', 'capacity' or 'grouped'.
         activation: of the gate.
         capacity_factor: `C = ceil(T * K / E * capacity_factor)`, at most `T`, slots for each expert

@@ -14,8 +14,8 @@ from moe.dispatch import ExpertBiases, dispatch
 from moe.errors import InputError
 from moe.expert_parallel import expert_parallel_dispatch
 from moe.expert_weights import stack_experts
-from moe.int8 import Int8, Kernel, dequantised, stored_kernel
 from moe.layers import GatedMLP, kernel_init, partitioned
+from moe.quantised import Kernel, Quantised, dequantised, stored_kernel
 from moe.routing import RouterConfig, expert_load, route, weigh
 from moe.soft_moe import soft_dispatch
 from moe.types import RouterOutput
@@ -209,7 +209,7 @@ class MoELayer(nn.Module):
         fused = self.config.storage == 'fused'
         params = self._fused_params(dim) if fused else self._separate_params(dim)
         params: dict[str, Any] = {
-            name: value if isinstance(value, Int8) else value.astype(self.dtype)
+            name: value if isinstance(value, Quantised) else value.astype(self.dtype)
             for name, value in params.items()
         }
         biases = None

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from moe.config import Activation
 from moe.expert_mlp import weighted_hidden
 from moe.grouped_matmul import dot
-from moe.int8 import Kernel, dequantised
+from moe.quantised import Kernel, dequantised
 from moe.row_tiles import put_rows, rows_at
 
 # (largest mean load, rows of a tile); above, `moe.row_tiles` fits sizes to the groups.

@@ -6,7 +6,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from moe.config import Activation
 from moe.expert_mlp import ExpertBiases, weighted_hidden
-from moe.int8 import Int8, Kernel, dequantised, joined, product
+from moe.quantised import Kernel, Quantised, dequantised, joined, product
 
 FEW_TOKENS = 2  # of more, tokens share experts often enough that grouping them reads less
 
@@ -99,7 +99,7 @@ def _times(
     x: Float[Array, 'inputs'], weights: Kernel, expert: Int[Array, '']
 ) -> Float[Array, 'outputs']:
     own = jax.tree.map(lambda leaf: leaf[expert], weights)
-    return product(x[None], own)[0] if isinstance(own, Int8) else x @ own
+    return product(x[None], own)[0] if isinstance(own, Quantised) else x @ own
 
 
 def _chosen(weights: Kernel, experts: Int[Array, 'N K'], dtype: DTypeLike) -> Array:

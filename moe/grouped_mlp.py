@@ -29,7 +29,7 @@ from moe.grouped_matmul import (
     ragged,
     ragged_transposed,
 )
-from moe.int8 import Int8, Kernel, dequantised, joined
+from moe.quantised import Kernel, Quantised, dequantised, joined
 from moe.row_tiles import over_tiles, put_rows, rows_at
 
 Gradients = tuple[Array, Array, Array, Array]
@@ -53,8 +53,8 @@ def grouped_mlp(
     Args:
         rows: sorted by expert.
         weights: of each row.
-        gate_up: gate (index 0) and up projections, [E, D, 2, F]; or integers, without a gradient.
-        down: down projections, [E, F, D]; or integers.
+        gate_up: gate (index 0) and up projections, [E, D, 2, F]; or quantised, without a gradient.
+        down: down projections, [E, F, D]; or quantised.
         group_sizes: rows of each expert.
         activation: of the gate.
         biases: of the projections; None for none.
@@ -66,7 +66,7 @@ def grouped_mlp(
     if biases is not None:
         both, down = (dequantised(each, rows.dtype) for each in (both, down))
         return _biased_mlp(activation, rows, weights, both, down, group_sizes, biases)
-    if isinstance(both, Int8):
+    if isinstance(both, Quantised):
         return _output(activation, False, rows, weights, both, down, group_sizes)[0]
     return _mlp(activation, rows, weights, both, down, group_sizes)
 
@@ -197,7 +197,7 @@ def _looped(
 
     def expert(carry: Kept, inputs: tuple[Kernel, ...]) -> tuple[Kept, None]:
         *matrices, start, end = inputs
-        # Of integers one expert at a time becomes floats.
+        # Of quantised ones one expert at a time becomes floats.
         expert_gate_up, expert_down = (dequantised(each, rows.dtype) for each in matrices)
 
         def tile(carry: Kept, first: Array, size: int, valid: Array, is_first: bool) -> Kept:

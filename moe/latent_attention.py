@@ -13,9 +13,9 @@ from moe.attention_context import AttentionContext
 from moe.cache_rows import write_rows
 from moe.config import LatentAttentionConfig, TransformerConfig
 from moe.dot_product import attention_and_highest
-from moe.int8 import Kernel, stored_kernel
 from moe.layers import RMSNorm, kernel_init, linear, partitioned
 from moe.qk_clip import record_max_logits
+from moe.quantised import Kernel, stored_kernel
 from moe.rope import apply_rope
 from moe.sharding import LogicalAxes, constrain
 from moe.types import LatentCache

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe.config import Activation, DType, TransformerConfig
-from moe.int8 import Int8, Kernel, product, stored_kernel
+from moe.quantised import Kernel, Quantised, product, stored_kernel
 from moe.sharding import constrain
 
 # Of 'clamped_swiglu'.
@@ -72,13 +72,13 @@ def linear(x: Float[Array, 'B T *inputs'], kernel: Kernel) -> Array:
 
     Args:
         x: [B, T, ...].
-        kernel: the axes of `x` after the second, then those of the result; or integers.
+        kernel: the axes of `x` after the second, then those of the result; or quantised.
 
     Returns:
         [B, T, *the other axes of `kernel`], in the dtype of `x`.
     """
     inputs = math.prod(x.shape[2:])
-    if isinstance(kernel, Int8):
+    if isinstance(kernel, Quantised):
         flat = product(x.reshape(-1, inputs), kernel)
         return flat.reshape(*x.shape[:2], *kernel.outputs)
     outputs = kernel.shape[x.ndim - 2 :]
@@ -193,7 +193,7 @@ class GatedMLP(nn.Module):
         gate_up = self._kernel('gate_up', init, (D, 2, F))
         down = self._kernel('down', partitioned(kernel_init(0, 1), ('mlp', 'embed')), (F, D))
         x = x.astype(self.dtype)
-        if isinstance(gate_up, Int8):
+        if isinstance(gate_up, Quantised):
             gate, up = jnp.moveaxis(linear(x, gate_up), 2, 0)
         else:
             # Two products: the halves of a joint one are not contiguous: reading them is slower.

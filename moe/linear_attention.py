@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from moe.config import DType
 from moe.delta_rule import chunked_delta_rule
-from moe.int8 import Kernel, stored_kernel
 from moe.layers import RMSNorm, kernel_init, linear, partitioned
 from moe.linear_config import LinearAttentionConfig
+from moe.quantised import Kernel, stored_kernel
 from moe.sharding import LogicalAxes, constrain
 from moe.short_convolution import Documents, find_documents, short_convolution
 

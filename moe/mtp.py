@@ -20,8 +20,8 @@ from moe.attention_context import AttentionContext
 from moe.attention_kinds import LayerCache
 from moe.block import remat_block
 from moe.config import TransformerConfig
-from moe.int8 import stored_kernel
 from moe.layers import kernel_init, linear, norm_of, partitioned
+from moe.quantised import stored_kernel
 from moe.sharding import constrain
 from moe.stacking import LayerKind
 from moe.types import RouterOutput

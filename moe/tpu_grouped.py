@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.config import Activation
-from moe.int8 import Int8, Kernel
+from moe.quantised import Kernel, Quantised
 from moe.tpu_mlp import forward_window, mlp
 from moe.tpu_mlp_backward import backward_window, mlp_gradients
 from moe.tpu_windows import CHUNK, TILE
@@ -18,7 +18,7 @@ from moe.tpu_windows import CHUNK, TILE
 
 def fits(rows: Array, gate_up: Kernel, down: Kernel) -> bool:
     """Whether there are kernels for these: of one dtype that TPUs have, a window in fast memory."""
-    if isinstance(gate_up, Int8) or isinstance(down, Int8):
+    if isinstance(gate_up, Quantised) or isinstance(down, Quantised):
         return False
     if {gate_up.dtype, down.dtype} != {rows.dtype} or rows.dtype.itemsize > 4:
         return False

@@ -15,10 +15,10 @@ from moe.block import ACTIVATION_AXES, Caches, Contexts, Pattern, Replayed, rema
 from moe.config import TransformerConfig
 from moe.errors import InputError
 from moe.inputs import check_inputs
-from moe.int8 import COLLECTION, Int8, Kernel, product, stored_kernel
 from moe.layers import norm_of, partitioned, soft_cap
 from moe.mtp import PredictionModule, ahead, same_segment_ahead
 from moe.qk_clip import MAX_LOGITS
+from moe.quantised import COLLECTION, Kernel, Quantised, product, stored_kernel
 from moe.replay import Replay, recorded_ids
 from moe.routing import require_causal
 from moe.sharding import constrain
@@ -33,6 +33,9 @@ from moe.stacking import (
     unstack_repeats,
 )
 from moe.types import KVCache, ModelOutput, RouterOutput
+
+# That have arrays of each layer.
+_COLLECTIONS = ('params', 'routing', COLLECTION, MAX_LOGITS, *ACTIVATIONS)
 
 
 class Embedding(nn.Module):
@@ -60,7 +63,8 @@ class Head(nn.Module):
         V, D = config.vocab_size, config.embed_dim
 
         def read() -> Array:
-            if config.tie_embeddings:
+            # One may be given to a tied model all the same, see `output_head`.
+            if config.tie_embeddings and not self.has_variable('params', 'kernel'):
                 return embedding.T
             init = partitioned(nn.initializers.normal(D**-0.5), ('embed', 'vocab'))
             return self.param('kernel', init, (D, V), config.param_dtype)
@@ -242,7 +246,7 @@ class Transformer(nn.Module):
         scan: Any = nn.scan
         scanned = scan(
             Pattern,
-            variable_axes=dict.fromkeys(('params', 'routing', MAX_LOGITS, *ACTIVATIONS), 0),
+            variable_axes=dict.fromkeys(_COLLECTIONS, 0),
             split_rngs={'params': True, 'jitter': True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=group.repeats,
@@ -269,6 +273,8 @@ def embed_tokens(
 def output_head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
     """Returns the matrix by which hidden states become logits: the head, or the tied embedding.
 
+    Parameters of a tied model that have a head besides say that its matrix is that one.
+
     Args:
         config: the model's.
         params: the unboxed `params` collection.
@@ -288,7 +294,8 @@ def output_head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
 
 
 def _head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
-    return params['embed']['embedding'].T if config.tie_embeddings else params['head']['kernel']
+    tied = config.tie_embeddings and 'head' not in params
+    return params['embed']['embedding'].T if tied else params['head']['kernel']
 
 
 def output_logits(
@@ -298,20 +305,20 @@ def output_logits(
 
     Args:
         config: the model's.
-        variables: unboxed: `params`, and `int8` where matrices are integers.
+        variables: unboxed: `params`, and `quantised` where matrices are.
         hidden: `ModelOutput.hidden`, or some positions of it.
     """
-    integers = variables.get(COLLECTION, {}).get('head')
-    if integers is None:
+    found = variables.get(COLLECTION, {}).get('head')
+    if found is None:
         head = _head(config, variables['params'])
     else:
-        head = Int8(**integers['kernel'], outputs=(config.vocab_size,))
+        head = Quantised(**found['kernel'], outputs=(config.vocab_size,))
     return soft_cap(hidden_logits(hidden, head), config.logit_soft_cap)
 
 
 def hidden_logits(hidden: Float[Array, 'B T D'], head: Kernel) -> Float[Array, 'B T V']:
     """Returns `hidden @ head` in float32; the factors are in the dtype of `hidden`."""
-    if isinstance(head, Int8):
+    if isinstance(head, Quantised):
         flat = product(hidden.reshape(-1, hidden.shape[-1]), head, jnp.float32)
         return flat.reshape(*hidden.shape[:2], -1)
     head = head.astype(hidden.dtype)

@@ -123,7 +123,7 @@ def test_other_settings_prompts_or_files_are_refused(run, tmp_path):
         run(max_new_tokens=5, temperature=0.5)
     (tmp_path / 'other.jsonl').write_text('{"prompt": "x"}\n')
     with pytest.raises(InputError, match='begun with another model'):
-        run(int8=True)
+        run(weights='int4_experts')
     with pytest.raises(InputError, match='begun with another prompts'):
         run(prompts=str(tmp_path / 'other.jsonl'))
     with pytest.raises(InputError, match='was not written by this command'):
