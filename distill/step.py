@@ -63,6 +63,8 @@ class Recipe:
         rollout: how rows are written anew before each update; None where all is text.
         ema_decay: of the student's own average, which then is the teacher; in [0, 1). None for
             another teacher.
+        seen: makes of the trained parameters those that the model is run with, such as
+            `distill.straight_through` does; None for themselves.
     """
 
     model: Transformer
@@ -75,6 +77,7 @@ class Recipe:
     qk_clip: float | None = None
     rollout: Rollout | None = None
     ema_decay: float | None = None
+    seen: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         moe, balance = self.model.config.moe, self.balance
@@ -111,6 +114,10 @@ class Recipe:
                 'return_weight needs the whole distribution of a teacher that runs beside the '
                 f'student; received {type(whole).__name__}. Use targets of kind hidden.'
             )
+
+    def forward_params(self, params: Any) -> Any:
+        """Returns the parameters that the model is run with."""
+        return params if self.seen is None else self.seen(params)
 
     @property
     def projectors(self) -> dict[str, Any]:
@@ -255,7 +262,8 @@ def _rolled_out(recipe: Recipe, state: TrainState, teacher: Any, batch: Batch) -
         return Rolled(batch, None, {})
     authors = {}
     if rollout.config.lmbda > 0:
-        variables = {'params': without_projectors(state.params), 'routing': state.routing}
+        params = recipe.forward_params(without_projectors(state.params))
+        variables = {'params': params, 'routing': state.routing}
         authors[STUDENT] = Author(recipe.model, variables)
     if rollout.config.teacher_share > 0:
         model: Any = getattr(recipe.teacher, 'model', None)
@@ -381,7 +389,8 @@ def _whole_load(recipe: Recipe, state: TrainState, parts: _Part) -> Array | None
         return None
 
     def measure(part: _Part) -> tuple[Array, None]:
-        return _loads(_forward(recipe, state.params, state, part, ())[0]), None
+        params = recipe.forward_params(state.params)
+        return _loads(_forward(recipe, params, state, part, ())[0]), None
 
     return _over_parts(measure, parts)[0]
 
@@ -453,7 +462,7 @@ def _loss(
 
     And with it what adds up over micro-batches, and each head's largest logit.
     """
-    model, batch = recipe.model, part.batch
+    model, batch, params = recipe.model, part.batch, recipe.forward_params(params)
     clipped = () if recipe.qk_clip is None else (MAX_LOGITS,)
     activations = activations_of(recipe.objective.features)
     output, noted = _forward(recipe, params, state, part, (*activations, *clipped))

@@ -2,11 +2,11 @@
 
     forward: W' = dequantize(quantize(W)),    backward: dL/dW = dL/dW'
 
-The matrices are those that `moe.quantised.quantise` rounds, to the same numbers; the optimizer keeps
-and moves the floats. qwix is the extra `quant`.
+The matrices are those that `moe.quantised.quantise` rounds, to the same numbers; the optimizer
+keeps and moves the floats. qwix is the extra `quant`.
 
-Source: straight-through estimator, arXiv 1308.3432, section 4; W' is never outside of the range that
-scales are taken from, so no gradient is clipped.
+Source: straight-through estimator, arXiv 1308.3432, section 4. No number is outside of the range
+that its scale is taken from, so no gradient is clipped.
 """
 
 import functools
