@@ -318,6 +318,19 @@ def mesh(
     return ml_collections.ConfigDict(dict(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
 
 
+def quantise(weights: str) -> ml_collections.ConfigDict:
+    """Fields of experiments.quantise_config.QuantiseConfig; needs the extra `quant`."""
+    config = ml_collections.ConfigDict(
+        dict(
+            weights=weights,  # 'int8', 'fp8' or 'int4_experts'
+            optimizer=optimizer(),
+            train=training(steps=100),
+        )
+    )
+    config.optimizer.learning_rate = 1e-4
+    return config
+
+
 def get_config() -> ml_collections.ConfigDict:
     """A small study of everything."""
     config = ml_collections.ConfigDict()
@@ -400,6 +413,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.student.model.moe = experts()
     config.student.model.moe.router.selection_bias = True
+    config.quantise = _mapping()  # `quantise()`, to train the student on for quantised weights
     config.control = dict(terms=dict(ce=term('cross_entropy')))
     config.evaluate = dict(
         batch_size=16,  # rows

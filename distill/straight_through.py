@@ -40,7 +40,7 @@ def straight_through(model: Transformer, weights: Weights) -> Callable[[Params],
     Raises:
         InputError: where qwix is not installed, or experts are stored one by one.
     """
-    qwix, matrices = _qwix(), matrix_shapes(model)
+    qwix, matrices = require_qwix(), matrix_shapes(model)
 
     def seen(params: Params) -> Params:
         if model.config.tie_embeddings:
@@ -59,7 +59,8 @@ def straight_through(model: Transformer, weights: Weights) -> Callable[[Params],
     return seen
 
 
-def _qwix() -> Any:
+def require_qwix() -> Any:
+    """Returns the library, or says which extra it comes with."""
     try:
         return importlib.import_module('qwix')
     except ImportError as error:

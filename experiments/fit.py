@@ -25,7 +25,7 @@ def require_fit(study: StudyConfig, mesh: Mesh, teacher_mesh: Mesh | None = None
     size = study.data.batch_size
     micro_batches = {
         f'config.data.batch_size / {who}.train.micro_batches': size // train.micro_batches
-        for who, train in (('teacher', study.teacher.train), ('student', study.student.train))
+        for who, train in study.trainings.items()
     }
     parts = study.teacher.micro_batches
     if parts is not None and teacher_mesh in (None, mesh):

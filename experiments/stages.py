@@ -28,6 +28,7 @@ from distill.rollout import Rollout
 from distill.separate_teacher import SeparateTeacher, Shipper
 from distill.spans import match_vocabularies
 from distill.step import Recipe
+from distill.straight_through import require_qwix, straight_through
 from distill.target_stream import TargetStream
 from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher, Teacher
 from distill.token_bytes import token_bytes
@@ -69,6 +70,8 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
     if 'export' in names:
         # Before anything is trained that could not be exported.
         family_of(context.study.student.model)
+    if 'quantise' in names and 'quantise' not in _unneeded(context):
+        require_qwix()
     if names == ('targets',) and not context.study.targets.cached:
         raise InputError(
             "--stages=targets needs config.targets.cached=True and a kind of 'top_k' or 'sampled'; "
@@ -111,6 +114,7 @@ def _unneeded(context: Context) -> tuple[str, ...]:
     needed = {
         'targets': targets.cached,
         # A student that learns from text alone, as its control does, would be its own control.
+        'quantise': context.study.quantise is not None,
         'control': targets.kind != 'text',
         'exams': context.study.exams.any,
     }
@@ -207,6 +211,26 @@ def student(context: Context) -> dict[str, Any]:
     )
 
 
+def quantise(context: Context) -> dict[str, Any]:
+    """Trains the student on to be what it was with its matrices quantised."""
+    config, student = context.study.quantise, context.study.student
+    assert config is not None
+    context.workdir.require_result('student', wanted_by='quantise')
+    model = context.model(student.model)
+    load = functools.partial(_load, context, 'student', model)
+    recipe = _recipe(
+        context,
+        student.model,
+        config.objective(student.mtp_weight),
+        config.optimizer,
+        config.train,
+        teacher=OnlineTeacher(model),
+        seen=straight_through(model, config.weights),
+    )
+    facts = _teacher_facts(context)
+    return _train(context, 'quantise', recipe, load, teacher=load(), taught_by=facts)
+
+
 def control(context: Context) -> dict[str, Any]:
     """Trains the student's twin on the same batches, from the same start, without a teacher."""
     config = context.study.student
@@ -291,6 +315,7 @@ STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     'teacher': teacher,
     'targets': targets,
     'student': student,
+    'quantise': quantise,
     'control': control,
     'evaluate': evaluate,
     'exams': exams,
@@ -437,13 +462,14 @@ def _recipe(
     teacher: Teacher | None = None,
     rollout: Rollout | None = None,
     ema_decay: float | None = None,
+    seen: Callable[[Any], Any] | None = None,
 ) -> Recipe:
     built = context.model(model)
     axes = logical_axes(built)['params'] | projector_axes(objective.features, dual=objective.dual)
     chain = make_optimizer(optimizer, train.steps, axes)
     seed, qk_clip = context.study.seed, optimizer.qk_clip
     return Recipe(
-        built, objective, chain, train, balance, teacher, seed, qk_clip, rollout, ema_decay
+        built, objective, chain, train, balance, teacher, seed, qk_clip, rollout, ema_decay, seen
     )
 
 

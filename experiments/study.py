@@ -26,6 +26,7 @@ from experiments.build import build
 from experiments.exam_config import ExamConfig
 from experiments.init_config import InitConfig
 from experiments.panel_config import FurtherTeacherConfig, require_together
+from experiments.quantise_config import QuantiseConfig
 from experiments.remote_checks import require_askable, require_text_alone
 from experiments.remote_config import RemoteConfig
 from experiments.teacher_mesh import require_separable
@@ -393,6 +394,13 @@ class StudyConfig:
     evaluate: EvaluateConfig
     exams: ExamConfig
     more_teachers: dict[str, FurtherTeacherConfig] | None = None
+    quantise: QuantiseConfig | None = None
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """How each stage that trains does so, by the name that its config has."""
+        trainings = {'teacher': self.teacher.train, 'student': self.student.train}
+        return trainings | ({} if self.quantise is None else {'quantise': self.quantise.train})
 
     @property
     def target_steps(self) -> int:
@@ -418,7 +426,7 @@ class StudyConfig:
             f'at least student.train.steps={self.student.train.steps}, or None',
             self.target_steps,
         )
-        for name, train in (('teacher', self.teacher.train), ('student', self.student.train)):
+        for name, train in self.trainings.items():
             require(
                 self.data.batch_size % train.micro_batches == 0,
                 f'{name}.train.micro_batches',
@@ -457,6 +465,8 @@ class StudyConfig:
                     'whose weights are here, or leave the rollout out.'
                 )
         self._require_features()
+        if self.quantise is not None:
+            self.quantise.require_quantisable(self.student.model, self.student.mtp_weight)
         if self.student.return_weight > 0 and targets.kind != 'hidden':
             raise InputError(
                 f'student.return_weight={self.student.return_weight} needs all that the teacher '

@@ -14,7 +14,7 @@ from moe.errors import InputError
 
 # What a study may be moved to or watched by without becoming another study.
 _FREE_KEYS = re.compile(
-    r'mesh\.\w+|(teacher|student)\.train\.(log_every|checkpoint_every|keep_latest|max_skipped)'
+    r'mesh\.\w+|(teacher|student|quantise)\.train\.(log_every|checkpoint_every|keep_latest|max_skipped)'
 )
 
 

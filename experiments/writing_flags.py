@@ -1,5 +1,7 @@
 """The flags of the commands that write with a model, and the engine that they ask for."""
 
+from typing import Any
+
 from absl import flags
 
 from experiments import cli
@@ -25,7 +27,8 @@ def loaded_model(checkpoint: str) -> Loaded:
     alone = DATA.value == TENSOR.value == 1
     mesh = None if alone else MeshConfig(data=DATA.value, tensor=TENSOR.value)
     loaded = load_model_of(checkpoint, mesh=mesh, dtype=DTYPE.value)
-    return loaded if WEIGHTS.value is None else with_weights(loaded, WEIGHTS.value)
+    weights: Any = WEIGHTS.value
+    return loaded if weights is None else with_weights(loaded, weights)
 
 
 def loaded_engine(*, max_waiting: int) -> tuple[Loaded, Engine]:

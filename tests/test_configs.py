@@ -21,6 +21,7 @@ from distill.schedules import Schedule
 from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
 from experiments.init_config import InitConfig
 from experiments.panel_config import FurtherTeacherConfig
+from experiments.quantise_config import QuantiseConfig
 from experiments.remote_config import RemoteConfig
 from experiments.study import (
     ControlConfig,
@@ -127,6 +128,9 @@ def test_base_has_every_key():
         derived = {'vocab_size'} if cls is TransformerConfig else set()
         assert keys[path] == {field.name for field in dataclasses.fields(cls)} - derived, path
     # Of what is None there.
+    assert set(base.quantise('int8')) == {
+        field.name for field in dataclasses.fields(QuantiseConfig)
+    }
     assert set(base.rollout()) == {field.name for field in dataclasses.fields(RolloutConfig)}
     further = {field.name for field in dataclasses.fields(FurtherTeacherConfig)}
     assert set(base.further_teacher('runs/x/teacher')) == further

@@ -36,7 +36,7 @@ OVERRIDES = {
     'stray word': (('--stages=teacher,', 'student'), ("'student' is no flag", 'no spaces')),
     'unknown stage': (
         ('--stages=teachr',),
-        ('teachr', 'teacher,targets,student,control,evaluate,exams,report'),
+        ('teachr', 'teacher,targets,student,quantise,control,evaluate,exams,report'),
     ),
     'no stage': (('--stages=',), ('--stages must name some of',)),
     'stage without its input': (('--stages=student',), ("'teacher'", '--stages=teacher,student')),
