@@ -1,6 +1,6 @@
 """Distillation against training on text alone, for a budget of steps: three seeds.
 
-    for steps in 50 200 800; do
+    for steps in 25 100 400; do
         python -m experiments.sweep --config=configs/budgets.py:$steps --workdir=runs/budget_$steps
     done
 
@@ -15,7 +15,7 @@ import ml_collections
 from configs import base, small
 
 
-def get_config(steps: str = '200') -> ml_collections.ConfigDict:
+def get_config(steps: str = '100') -> ml_collections.ConfigDict:
     """Both variants see the same batches and the same teacher; one learns from the text too."""
     text = dict(text=base.term('cross_entropy', weight=0.5))
     half = dict(loss=base.term('forward_kl', weight=0.5))

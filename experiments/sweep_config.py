@@ -39,6 +39,8 @@ class Run:
         """All that the control hangs on: not on what teaches the student."""
         values: dict[str, Any] = self.config.to_dict()
         del values['evaluate'], values['student']['terms'], values['student']['features']
+        # Of 'text' the student has no control: it would be its own.
+        values['targets'] = values['targets']['kind'] == 'text'
         return values
 
 

@@ -33,6 +33,7 @@ def get_config():
     return config
 """
 VARIANTS, SEED = ('forward', 'upcycled'), 3
+TAUGHT = {'tokenizer', 'tokens', 'teacher'}
 
 
 @pytest.fixture(scope='module')
@@ -93,19 +94,17 @@ def test_the_teacher_of_a_seed_is_trained_once(swept: pathlib.Path):
 @pytest.mark.parametrize(
     ('changes', 'shared'),
     [
-        (
-            dict(terms=dict(kl=dict(name='reverse_kl'))),
-            {'tokenizer', 'tokens', 'teacher', 'control'},
-        ),
-        (dict(init=dict(method='upcycle')), {'tokenizer', 'tokens', 'teacher'}),
-        (dict(optimizer=dict(learning_rate=0.1)), {'tokenizer', 'tokens', 'teacher'}),
+        (dict(student=dict(terms=dict(kl=dict(name='reverse_kl')))), TAUGHT | {'control'}),
+        (dict(targets=dict(kind='top_k')), TAUGHT | {'control'}),
+        (dict(student=dict(init=dict(method='upcycle'))), TAUGHT),
+        (dict(student=dict(optimizer=dict(learning_rate=0.1))), TAUGHT),
     ],
-    ids=['terms', 'init', 'optimizer'],
+    ids=['terms', 'targets', 'init', 'optimizer'],
 )
 def test_what_hangs_on_the_same_is_shared(
     tmp_path: pathlib.Path, changes: dict[str, object], shared: set[str]
 ):
-    runs = build_runs(sweep_of(variants=dict(b=dict(student=changes))))
+    runs = build_runs(sweep_of(variants=dict(b=changes)))
     share(runs[1], runs[:1], tmp_path)
     links = {link.name: os.readlink(link) for link in (tmp_path / 'b' / 'seed_0').iterdir()}
     assert links == {name: f'../../a/seed_0/{name}' for name in shared}
