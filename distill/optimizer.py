@@ -45,7 +45,7 @@ class OptimizerConfig:
         muon_rms: the RMS that an orthogonalised update is scaled to; 0.2 is about AdamW's.
         qk_clip: the largest attention logit (tau): heads that exceeded it get smaller query and key
             weights after the update, see `moe.qk_clip`; 100 in Kimi K2. None for no clip. Not part
-            of the chain: it needs what the step measured, see `distill.step.Recipe`.
+            of the chain: it needs what the step measured, see `distill.recipe.Recipe`.
     """
 
     learning_rate: float

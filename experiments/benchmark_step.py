@@ -14,7 +14,8 @@ from jaxtyping import Array
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, make_optimizer
-from distill.step import Recipe, initial_state, make_train_step
+from distill.recipe import Recipe, initial_state
+from distill.step import make_train_step
 from distill.teacher import OnlineTeacher
 from distill.timing import interleaved_medians
 from distill.types import Batch, TrainState

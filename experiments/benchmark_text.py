@@ -15,8 +15,9 @@ from distill.corpus import tokenize
 from distill.data import DataConfig, TrainPipeline
 from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, make_optimizer
+from distill.recipe import Recipe, initial_state
 from distill.sources import Document, read_documents
-from distill.step import Recipe, initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import CachedTeacher
 from distill.tokenizer import train_bpe
 from distill.types import Batch

@@ -24,10 +24,10 @@ from distill.partwise import PartwiseTeacher
 from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.projectors import projector_axes
 from distill.provenance import Provenance, require_permission
+from distill.recipe import Recipe
 from distill.rollout import Rollout
 from distill.separate_teacher import SeparateTeacher, Shipper
 from distill.spans import match_vocabularies
-from distill.step import Recipe
 from distill.straight_through import require_qwix, straight_through
 from distill.target_stream import TargetStream
 from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher, Teacher

@@ -18,8 +18,9 @@ from distill.nested import flatten
 from distill.optimizer import optimizer_state_shardings
 from distill.projectors import projector_shardings, without_projectors
 from distill.prompts import Sequences
+from distill.recipe import Recipe, initial_state
 from distill.replay import ReplayBuffer
-from distill.step import Recipe, StepMetrics, initial_state, make_train_step
+from distill.step import StepMetrics, make_train_step
 from distill.target_stream import Pipeline
 from distill.types import Batch, TrainState
 from experiments.signals import StopSignal

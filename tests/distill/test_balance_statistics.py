@@ -12,7 +12,8 @@ import pytest
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Objective, Term
-from distill.step import Recipe, initial_state, make_train_step
+from distill.recipe import Recipe, initial_state
+from distill.step import make_train_step
 from distill.types import Batch
 from moe.balance import load_statistics
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig

@@ -24,8 +24,9 @@ from distill.projectors import (
     projector_shardings,
     without_projectors,
 )
+from distill.recipe import Recipe, initial_state
 from distill.schedules import Schedule
-from distill.step import Recipe, initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import CachedTeacher, OnlineTeacher
 from distill.types import Batch
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig

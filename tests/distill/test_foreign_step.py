@@ -18,9 +18,10 @@ from distill.features import Feature
 from distill.foreign_teacher import ForeignTeacher
 from distill.objective import Objective, Term
 from distill.projectors import PROJECTORS, projector_axes, projector_shardings
+from distill.recipe import Recipe, initial_state
 from distill.rollout import Rollout
 from distill.schedules import Schedule
-from distill.step import Recipe, initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import OnlineTeacher
 from distill.types import Batch, Counterpart, HiddenTargets
 from moe.config import AttentionConfig, TransformerConfig

@@ -14,8 +14,9 @@ from distill.config import BalanceConfig, TrainConfig
 from distill.fused import fused_distillation_loss
 from distill.mtp_loss import batch_ahead, mtp_loss
 from distill.objective import Objective, Term
+from distill.recipe import Recipe, initial_state
 from distill.schedules import Schedule
-from distill.step import Recipe, initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import OnlineTeacher
 from distill.types import Batch, DenseTargets, HiddenTargets
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig

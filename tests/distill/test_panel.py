@@ -15,8 +15,9 @@ from distill.corpus import TokenCorpus
 from distill.data import DataConfig, TrainPipeline, fingerprint
 from distill.objective import Objective, Term
 from distill.panel import TeacherPanel
+from distill.recipe import Recipe, initial_state
 from distill.rollout import Rollout
-from distill.step import Recipe, initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import OnlineTeacher
 from moe.errors import InputError
 from moe.sharding import MeshConfig, batch_sharding, make_mesh, variable_shardings

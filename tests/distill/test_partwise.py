@@ -11,7 +11,8 @@ from test_separate_teacher import TEACHER, B, make_batch, recipe_of, together
 
 from distill.estimators import SampledEstimator, TopKEstimator
 from distill.partwise import PartwiseTeacher, joined_rows, split_rows
-from distill.step import initial_state, make_train_step
+from distill.recipe import initial_state
+from distill.step import make_train_step
 from distill.teacher import EstimatedTeacher, OnlineTeacher
 from moe.errors import InputError
 from moe.sharding import MeshConfig, batch_sharding, make_mesh, variable_shardings

@@ -16,9 +16,10 @@ from distill.checkpoint import CheckpointManager
 from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.objective import Objective, Term
 from distill.prompts import Sequences
+from distill.recipe import Recipe, initial_state
 from distill.replay import ReplayBuffer, empty_buffer, remembered, replayable, replayed
 from distill.rollout import Rollout
-from distill.step import Recipe, initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import OnlineTeacher
 from distill.types import Batch
 from moe.config import AttentionConfig, TransformerConfig

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from writing import make_batch, make_recipe, variables, written
 
-from distill.step import initial_state, make_train_step
+from distill.recipe import initial_state
+from distill.step import make_train_step
 from moe.sharding import MeshConfig, batch_sharding, make_mesh, variable_shardings
 
 

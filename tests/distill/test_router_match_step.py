@@ -12,8 +12,9 @@ from routed_student import STUDENT, V, mesh_of, variables
 from distill.config import BalanceConfig, TrainConfig
 from distill.features import Feature
 from distill.objective import Objective, Term
+from distill.recipe import Recipe, initial_state
 from distill.router_match import router_match_loss
-from distill.step import Recipe, initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import CachedTeacher, OnlineTeacher
 from distill.types import Batch
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig

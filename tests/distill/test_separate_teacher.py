@@ -11,8 +11,9 @@ from routed_student import STUDENT, V, variables
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Objective, Term
+from distill.recipe import Recipe, initial_state
 from distill.separate_teacher import SeparateTeacher, Shipper
-from distill.step import Recipe, initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import OnlineTeacher
 from distill.types import Batch
 from moe.config import AttentionConfig, TransformerConfig

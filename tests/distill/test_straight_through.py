@@ -14,7 +14,8 @@ from routed_student import V, mesh_of, variables
 
 from distill.config import BalanceConfig, TrainConfig
 from distill.objective import Objective, Term
-from distill.step import Recipe, initial_state, make_train_step
+from distill.recipe import Recipe, initial_state
+from distill.step import make_train_step
 from distill.straight_through import straight_through
 from distill.teacher import OnlineTeacher
 from distill.types import Batch

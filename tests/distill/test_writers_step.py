@@ -15,8 +15,9 @@ from distill.config import BalanceConfig, TrainConfig
 from distill.estimators import TopKEstimator
 from distill.objective import Objective, Term
 from distill.prompts import Sequences, as_rows
+from distill.recipe import initial_state
 from distill.rollout import Rolled, with_rows
-from distill.step import initial_state, make_train_step
+from distill.step import make_train_step
 from distill.teacher import EstimatedTeacher, OnlineTeacher
 from distill.writers import STUDENT, TEACHER, TEXT
 from moe.errors import InputError

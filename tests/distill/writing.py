@@ -10,8 +10,8 @@ import optax
 
 from distill.config import BalanceConfig, RolloutConfig, TrainConfig
 from distill.objective import Objective, Term
+from distill.recipe import Recipe
 from distill.rollout import Author, Rollout, roll_out, rollout_key
-from distill.step import Recipe
 from distill.teacher import OnlineTeacher
 from distill.types import Batch
 from distill.writers import STUDENT, TEACHER
