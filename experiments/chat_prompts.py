@@ -6,7 +6,7 @@ import pathlib
 from distill.chat_template import ChatTemplate, has_template
 from distill.formats import text_messages
 from distill.pretrained_tokenizer import PretrainedTokenizer
-from experiments.loading import Loaded
+from experiments.loaded import Loaded
 
 
 class ChatPrompts:

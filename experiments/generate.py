@@ -22,7 +22,7 @@ from absl import flags, logging
 from experiments import cli
 from experiments.bulk import Job, Prompt, Results, read_prompts
 from experiments.chat_prompts import ChatPrompts, chat_prompts
-from experiments.loading import Loaded
+from experiments.loaded import Loaded
 from experiments.signals import StopSignal
 from experiments.text_stream import TextStream
 from experiments.writing_flags import ROWS, loaded_engine

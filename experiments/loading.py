@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 from distill.checkpoint import read_metadata
 from distill.pretrained_tokenizer import PretrainedTokenizer
-from distill.tokenizer import Tokenizer, load_tokenizer
+from distill.tokenizer import load_tokenizer
 from experiments.build import build
+from experiments.loaded import Loaded
+from experiments.quantised_folder import is_quantised, load_quantised
 from experiments.training import load_model, model_sha256
 from experiments.workdir import read_json
 from moe.config import DType, TransformerConfig
@@ -23,32 +25,24 @@ from moe.transformer import Transformer
 from moe.unstacked import relaid, unrolled
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model with all that it is used with.
-
-    Attributes:
-        name: of the model: its study and its stage.
-        model: the architecture, with a subtree for each layer.
-        variables: its weights, placed.
-        tokenizer: that it was trained with.
-        sha256: of the weights' files.
-        published: the folder of a published model; None of a stage.
-    """
-
-    name: str
-    model: Transformer
-    variables: Any
-    tokenizer: Tokenizer
-    sha256: str
-    published: pathlib.Path | None = None
-
-
 def load_model_of(
     checkpoint: str | pathlib.Path, *, mesh: MeshConfig | None = None, dtype: str | None = None
 ) -> Loaded:
-    """Loads a trained stage's model, or a published one; see `load_stage`, `load_published`."""
+    """Loads a trained stage's model, a published one, or a quantised one.
+
+    See `load_stage`, `load_published` and `experiments.quantised_folder.load_quantised`.
+
+    Raises:
+        InputError: as those, and where a quantised one is to be split over devices.
+    """
     folder = pathlib.Path(checkpoint).expanduser().absolute()
+    if is_quantised(folder):
+        if mesh is not None:
+            raise InputError(
+                f'{folder} holds quantised matrices, which are multiplied on one device. Leave out '
+                '--data and --tensor, or load the checkpoint that it was made of.'
+            )
+        return load_quantised(folder, dtype=dtype)
     published = (folder / 'config.json').is_file() and any(folder.glob('*.safetensors'))
     return (load_published if published else load_stage)(folder, mesh=mesh, dtype=dtype)
 
@@ -127,13 +121,21 @@ def with_weights(loaded: Loaded, weights: Weights) -> Loaded:
     """Quantises a model's matrices; its floats are given up.
 
     Raises:
-        InputError: where it is on several devices.
+        InputError: where it is on several devices, or quantised to something else.
     """
+    if loaded.weights == weights:
+        return loaded
+    if loaded.weights is not None:
+        raise InputError(
+            f'{loaded.name} is quantised to {loaded.weights!r} already; received '
+            f'--weights={weights}. Leave that out, or load the checkpoint that it was made of.'
+        )
     return dataclasses.replace(
         loaded,
         name=f'{loaded.name}/{weights}',
         variables=quantise(loaded.model, loaded.variables, weights),
         sha256=hashlib.sha256(f'{weights} {loaded.sha256}'.encode()).hexdigest(),
+        weights=weights,
     )
 
 

@@ -5,14 +5,15 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.loading import Loaded, load_model_of, with_weights
+from experiments.loaded import Loaded
+from experiments.loading import load_model_of, with_weights
 from moe.engine import Engine
 from moe.quantised import FORMATS
 from moe.requests import EngineConfig
 from moe.sharding import MeshConfig
 
 CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, "The model: a trained stage's folder, or a published one."
+    'checkpoint', None, 'The model: the folder of a trained stage, a published or quantised one.'
 )
 ROWS = flags.DEFINE_integer('rows', 8, 'Texts written at once.', lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)

@@ -19,7 +19,7 @@ from distill.pretrained_tokenizer import PretrainedTokenizer, write_pretrained
 from distill.tokenizer import ByteTokenizer
 from experiments import generate
 from experiments.chat_prompts import chat_prompts
-from experiments.loading import Loaded
+from experiments.loaded import Loaded
 from experiments.serve_app import App
 from experiments.serve_requests import NEXT_TURN, read_chat
 from moe.config import AttentionConfig, TransformerConfig

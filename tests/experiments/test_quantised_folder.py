@@ -1,0 +1,89 @@
+"""A quantised model's folder: read without floats, writes the same text, and is refused by name."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from stage import CONFIG, make_stage
+
+from distill.manifest import write_manifest
+from experiments import quantise
+from experiments.loading import load_model_of, load_stage, with_weights
+from moe.errors import InputError
+from moe.quantised import FORMATS
+from moe.sharding import MeshConfig
+
+
+@pytest.fixture(scope='module')
+def stage(tmp_path_factory):
+    return make_stage(tmp_path_factory.mktemp('study'))
+
+
+@pytest.fixture(scope='module')
+def folders(stage, tmp_path_factory):
+    """What the command writes of the stage, by its weights."""
+    out = tmp_path_factory.mktemp('quantised')
+    quantise.flags.FLAGS.mark_as_parsed()
+    for weights in FORMATS:
+        with flagsaver.flagsaver(checkpoint=str(stage), weights=weights, out=str(out / weights)):
+            quantise.main()
+    return out
+
+
+@pytest.mark.parametrize('weights', FORMATS)
+def test_it_is_the_model_that_is_quantised_on_loading(stage, folders, weights):
+    here = with_weights(load_stage(stage), weights)
+    loaded = load_model_of(folders / weights)
+    assert loaded.weights == weights
+    assert loaded.model.config == here.model.config
+    assert loaded.tokenizer.fingerprint == here.tokenizer.fingerprint
+    assert jax.tree.structure(loaded.variables) == jax.tree.structure(here.variables)
+    leaves = (jax.tree.leaves_with_path(each.variables) for each in (loaded, here))
+    for (path, found), (_, expected) in zip(*leaves, strict=True):
+        assert found.dtype == expected.dtype, path
+        np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
+    assert with_weights(loaded, weights) is loaded
+
+
+def test_it_takes_fewer_bytes_the_fewer_bits_there_are(stage, folders):
+    whole = sum(file.stat().st_size for file in (stage / 'model').rglob('*') if file.is_file())
+    sizes = {name: (folders / name / 'model.safetensors').stat().st_size for name in FORMATS}
+    assert sizes['int4_experts'] < sizes['int8'] < whole
+    assert sizes['fp8'] == pytest.approx(sizes['int8'], rel=0.05)
+
+
+def test_its_dtype_may_be_another(folders):
+    loaded = load_model_of(folders / 'int8', dtype='bfloat16')
+    assert (loaded.model.config.dtype, loaded.model.config.param_dtype) == ('bfloat16', 'float32')
+
+
+def test_what_does_not_fit_is_refused_by_name(folders, tmp_path):
+    with pytest.raises(InputError, match="quantised to 'int8' already; received --weights=fp8"):
+        with_weights(load_model_of(folders / 'int8'), 'fp8')
+    with pytest.raises(InputError, match='one device'):
+        load_model_of(folders / 'int8', mesh=MeshConfig(data=2))
+    other = shutil.copytree(folders / 'int8', tmp_path / 'other')
+    record = json.loads((other / 'quantised.json').read_text())
+    record['model']['mlp_dim'] = CONFIG.mlp_dim + 1
+    (other / 'quantised.json').write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r'every checksum right.*\n.*quantised\.json'):
+        load_model_of(other)
+    (other / 'manifest.json').unlink()
+    write_manifest(other)
+    with pytest.raises(InputError, match=r'quantised/layer_0/mlp/gate_up/values: must be int8\[26'):
+        load_model_of(other)
+    (other / 'manifest.json').unlink()
+    with pytest.raises(InputError, match=r'manifest\.json: missing'):
+        load_model_of(other)
+
+
+def test_the_command_says_what_it_needs(stage, folders):
+    flags = {'checkpoint': str(stage), 'weights': 'int8', 'out': str(folders / 'int8')}
+    with flagsaver.flagsaver(**flags), pytest.raises(InputError, match='holds something already'):
+        quantise.main()
+    without = pytest.raises(InputError, match='--weights=KIND is required')
+    with flagsaver.flagsaver(**flags | {'weights': None}), without:
+        quantise.main()
