@@ -6,12 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from launching import Launcher
 from stage import CONFIG, make_stage
 
 from distill.manifest import write_manifest
-from experiments import quantise
 from experiments.loading import load_model_of, load_stage, with_weights
+from experiments.quantised_folder import save_quantised
 from moe.errors import InputError
 from moe.quantised import FORMATS
 from moe.sharding import MeshConfig
@@ -24,12 +24,10 @@ def stage(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def folders(stage, tmp_path_factory):
-    """What the command writes of the stage, by its weights."""
+    """The stage as quantised folders, by their weights."""
     out = tmp_path_factory.mktemp('quantised')
-    quantise.flags.FLAGS.mark_as_parsed()
     for weights in FORMATS:
-        with flagsaver.flagsaver(checkpoint=str(stage), weights=weights, out=str(out / weights)):
-            quantise.main()
+        save_quantised(out / weights, with_weights(load_stage(stage), weights))
     return out
 
 
@@ -80,10 +78,15 @@ def test_what_does_not_fit_is_refused_by_name(folders, tmp_path):
         load_model_of(other)
 
 
-def test_the_command_says_what_it_needs(stage, folders):
-    flags = {'checkpoint': str(stage), 'weights': 'int8', 'out': str(folders / 'int8')}
-    with flagsaver.flagsaver(**flags), pytest.raises(InputError, match='holds something already'):
-        quantise.main()
-    without = pytest.raises(InputError, match='--weights=KIND is required')
-    with flagsaver.flagsaver(**flags | {'weights': None}), without:
-        quantise.main()
+def test_the_command_writes_it_and_says_what_it_needs(launcher: Launcher, stage, folders, tmp_path):
+    flags = [f'--checkpoint={stage}', '--weights=int8', f'--out={tmp_path / "int8"}']
+
+    def run(*argv):
+        return launcher.run(*argv, command='quantise', devices=1)
+
+    finished = run(*flags)
+    assert finished.status == 0, finished.output
+    for name in ('model.safetensors', 'quantised.json'):
+        assert (tmp_path / 'int8' / name).read_bytes() == (folders / 'int8' / name).read_bytes()
+    assert 'holds something already' in run(*flags).output
+    assert '--weights=KIND is required' in run(flags[0], flags[2]).output
