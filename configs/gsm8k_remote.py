@@ -1,7 +1,7 @@
 """What a teacher behind a server writes, against people's text and the teacher itself: three seeds.
 
     mkdir -p runs/gsm8k && cp GSM8K/gsm8k_train.jsonl GSM8K/gsm8k_test.jsonl runs/gsm8k/
-    head -n 2000 runs/gsm8k/gsm8k_train.jsonl > runs/gsm8k/problems.jsonl
+    head -n 1500 runs/gsm8k/gsm8k_train.jsonl > runs/gsm8k/problems.jsonl
     export FRACTIONAL_API_KEY=a-secret-of-your-own
     python -m experiments.launch --config=configs/gsm8k_remote.py:teacher \\
         --workdir=runs/gsm8k/teacher --stages=teacher
@@ -11,7 +11,7 @@
         --workdir=runs/gsm8k/bought --prompts=runs/gsm8k/problems.jsonl
     python -m experiments.sweep --config=configs/gsm8k_remote.py --workdir=runs/gsm8k/sweep
 
-`texts/student` learns what the server wrote to 2,000 questions, `weights/student` people's answers
+`texts/student` learns what the server wrote to 1,500 questions, `weights/student` people's answers
 to the same with the teacher beside them, `weights/control` those answers alone.
 
 Hardware: two CPU cores, 2 GB of memory. The minutes it takes, and what comes out, have not been
@@ -30,7 +30,7 @@ def study() -> ml_collections.ConfigDict:
     """Problems in bytes, all of the test file held out; a teacher of 1.3M parameters."""
     config = base.get_config()
     config.data.update(source=f'{FOLDER}/gsm8k_train.jsonl', field=f'{QUESTION} {{answer}}')
-    config.data.update(held_out_source=f'{FOLDER}/gsm8k_test.jsonl', held_out_documents=200)
+    config.data.update(held_out_source=f'{FOLDER}/gsm8k_test.jsonl', held_out_documents=100)
     config.data.update(tokenizer='byte', seq_len=512, batch_size=8)
     for part, width, layers in ((config.teacher, 160, 4), (config.student, 96, 2)):
         part.model.update(num_layers=layers, embed_dim=width, mlp_dim=3 * width)
@@ -41,13 +41,13 @@ def study() -> ml_collections.ConfigDict:
     student = config.student
     student.model.moe = None
     student.balance.selection_bias_rate = 0.0
-    student.train.update(steps=250, checkpoint_every=250)
+    student.train.update(steps=200, checkpoint_every=100)
     config.evaluate.update(context_length=512, prefill_batch=4, sample_tokens=64)
     return config
 
 
 def served() -> ml_collections.ConfigDict:
-    """The same problems, 2,000 of them, and a teacher that is reached by its server alone."""
+    """The same problems, 1,500 of them, and a teacher that is reached by its server alone."""
     config = study()
     config.data.source = f'{FOLDER}/problems.jsonl'
     config.teacher.source = 'remote'
@@ -64,7 +64,7 @@ def served() -> ml_collections.ConfigDict:
 def sweep() -> ml_collections.ConfigDict:
     """Both variants see equally many tokens, and differ in what there is of the teacher."""
     shared = served()
-    shared.exams.update(limit=100, rows=32)
+    shared.exams.update(limit=50, rows=32)
     shared.exams.gsm8k.update(test=f'{FOLDER}/gsm8k_test.jsonl', shots=0, max_new_tokens=384)
     here = dict(source='checkpoint', checkpoint=f'{FOLDER}/teacher/teacher')
     terms = dict(ce=dict(weight=0.0), kl=base.term('forward_kl'))
