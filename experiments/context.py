@@ -36,7 +36,8 @@ from experiments.fit import require_fit
 from experiments.identity import model_identity
 from experiments.panel_config import FurtherTeacherConfig
 from experiments.signals import StopSignal
-from experiments.study import StudyConfig, TeacherConfig, build_study
+from experiments.study import StudyConfig, build_study
+from experiments.teacher_config import TeacherConfig
 from experiments.teacher_mesh import make_meshes
 from experiments.tokenizers import folder_tokenizer
 from experiments.workdir import Workdir

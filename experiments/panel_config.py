@@ -5,9 +5,9 @@ import os
 from typing import Literal
 
 from distill.provenance import Provenance
+from experiments.causal import require_left_to_right
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
-from moe.routing import require_causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,7 @@ class FurtherTeacherConfig:
 
     def __post_init__(self) -> None:
         require(self.weight > 0, 'weight', 'positive', self.weight)
-        if self.model.moe is not None:
-            require_causal(self.model.moe.router, 'A study, which compares models left to right,')
+        require_left_to_right(self.model)
         object.__setattr__(self, 'checkpoint', os.path.expanduser(self.checkpoint))
 
 

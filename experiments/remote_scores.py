@@ -42,7 +42,7 @@ from distill.token_scores import TopRows
 from distill.types import Batch
 from experiments.context import Context
 from experiments.remote_config import RemoteConfig
-from experiments.study import TeacherConfig
+from experiments.teacher_config import TeacherConfig
 from experiments.tokenizers import remote_tokenizer
 from experiments.watch import progress_line
 from experiments.written_scores import WrittenScores

@@ -2,36 +2,26 @@
 
 import dataclasses
 import functools
-import pathlib
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from distill import distributed
 from distill.cache import CachedTargets
-from distill.checkpoint import read_metadata
 from distill.config import BalanceConfig, TrainConfig
-from distill.foreign_teacher import ForeignTeacher
 from distill.loop import Stopped
 from distill.objective import Objective
 from distill.optimizer import OptimizerConfig, make_optimizer
-from distill.panel import TeacherPanel
-from distill.partwise import PartwiseTeacher
-from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.projectors import projector_axes
-from distill.provenance import Provenance, require_permission
 from distill.recipe import Recipe
 from distill.rollout import Rollout
 from distill.separate_teacher import SeparateTeacher, Shipper
-from distill.spans import match_vocabularies
 from distill.straight_through import require_qwix, straight_through
 from distill.target_stream import TargetStream
-from distill.teacher import CachedTeacher, EstimatedTeacher, OnlineTeacher, Teacher
-from distill.token_bytes import token_bytes
+from distill.teacher import CachedTeacher, OnlineTeacher, Teacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
 from experiments.examinee import Examinee
@@ -39,21 +29,19 @@ from experiments.exams import results, sit
 from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
 from experiments.loading import unstacked
-from experiments.panel_config import FurtherTeacherConfig
 from experiments.remote_scores import (
-    remote_teacher_facts,
     require_texts_of_teacher,
     write_remote_targets,
 )
 from experiments.reporting import reported_models, write_study_report
 from experiments.seen import is_recorded, record_seen, refuse_seen
-from experiments.study import OWN_TEACHER, TeacherConfig
-from experiments.targets import online_estimator, open_targets, write_targets
-from experiments.training import Run, load_model, model_sha256, train_model
+from experiments.targets import open_targets, write_targets
+from experiments.teaching import _others, load_teacher, online_teacher, teacher_facts
+from experiments.training import Run, load_model, train_model
 from moe.config import TransformerConfig
-from moe.convert import family_of, folder_sha256, load_pretrained
+from moe.convert import family_of
 from moe.errors import InputError
-from moe.sharding import init_sharded, logical_axes, variable_shardings
+from moe.sharding import init_sharded, logical_axes
 from moe.transformer import Transformer
 
 # Student and control start from the same parameters, the teacher from others.
@@ -158,11 +146,11 @@ def targets(context: Context) -> dict[str, Any]:
     """Writes what the teacher says of the student's batches, or checks what another study wrote."""
     context.workdir.require_result('teacher', wanted_by='targets')
     if context.study.targets.path is not None:
-        return {'rows': len(open_targets(context, _teacher_facts(context)))}
+        return {'rows': len(open_targets(context, teacher_facts(context)))}
     if context.study.teacher.source == 'remote':
-        return write_remote_targets(context, _teacher_facts(context))
+        return write_remote_targets(context, teacher_facts(context))
     model, variables = load_teacher(context)
-    return write_targets(context, model, variables, _teacher_facts(context))
+    return write_targets(context, model, variables, teacher_facts(context))
 
 
 def student(context: Context) -> dict[str, Any]:
@@ -172,7 +160,7 @@ def student(context: Context) -> dict[str, Any]:
     reader = ship = None
     if context.study.targets.cached:
         context.workdir.require_result('targets', wanted_by='student')
-        reader = open_targets(context, _teacher_facts(context))
+        reader = open_targets(context, teacher_facts(context))
         teacher, variables = CachedTeacher(), {}
     elif context.study.targets.kind == 'text':
         teacher, variables = None, {}
@@ -186,7 +174,7 @@ def student(context: Context) -> dict[str, Any]:
         )
         teacher, variables = SeparateTeacher(), ship.head
     else:
-        teacher, variables = _online_teacher(context)
+        teacher, variables = online_teacher(context)
     recipe = _recipe(
         context,
         config.model,
@@ -205,7 +193,7 @@ def student(context: Context) -> dict[str, Any]:
         functools.partial(initial_variables, context, _key(context, _STUDENT_KEY)),
         start=started_from(context),
         teacher=variables,
-        taught_by=_teacher_facts(context),
+        taught_by=teacher_facts(context),
         reader=reader,
         ship=ship,
     )
@@ -227,7 +215,7 @@ def quantise(context: Context) -> dict[str, Any]:
         teacher=OnlineTeacher(model),
         seen=straight_through(model, config.weights),
     )
-    facts = _teacher_facts(context)
+    facts = teacher_facts(context)
     return _train(context, 'quantise', recipe, load, teacher=load(), taught_by=facts)
 
 
@@ -296,7 +284,7 @@ def exams(context: Context) -> dict[str, Any]:
 def report(context: Context) -> dict[str, Any]:
     """Writes summary.json, report.html and the pictures, and prints the table."""
     context.workdir.require_result('evaluate', wanted_by='report')
-    facts = _teacher_facts(context)
+    facts = teacher_facts(context)
     others = {f'teacher {name}': own['provenance'] for name, own in _others(facts).items()}
     write_study_report(context, provenance={'teacher': facts['provenance']} | others)
     return {}
@@ -324,131 +312,6 @@ STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
 }
 # The others run when they are asked for.
 USUAL_STAGES = tuple(name for name in STAGES if name != 'export')
-
-
-def load_teacher(
-    context: Context, further: FurtherTeacherConfig | None = None, mesh: Mesh | None = None
-) -> tuple[Transformer, Any]:
-    """Loads the frozen teacher in its own dtype, each array on the devices that hold it.
-
-    Args:
-        context: of the study.
-        further: another teacher than the first.
-        mesh: another than the study's.
-    """
-    mesh = mesh or context.mesh
-    config = further or context.study.teacher
-    folder = context.folder_of(config)
-    if config.source == 'hf':
-        if further is not None:
-            _require_same_tokenizer(context, folder)
-        _, published = load_pretrained(folder, mesh=mesh, dtype=config.dtype)
-        return context.model(config.model, mesh), {'routing': {}} | published
-    if config.source == 'ema':
-        model = context.model(config.model)
-        folder = context.workdir.path / 'student' / 'ema'
-        return model, load_model(folder, model, context.mesh, context.identity(model.config))
-    trained = context.model(config.model, mesh)
-    if config.checkpoint is not None:
-        refuse_seen(folder, context.split[1], key='config.teacher.checkpoint')
-    identity = context.identity(trained.config, teacher=True)
-    variables = load_model(folder / 'model', trained, mesh, identity)
-    frozen = dataclasses.replace(config.model, dtype=config.dtype, param_dtype=config.dtype)
-    model = context.model(frozen, mesh)
-    cast = jax.jit(
-        lambda params: jax.tree.map(lambda leaf: leaf.astype(config.dtype), params),
-        out_shardings=variable_shardings(model, mesh)['params'],
-    )
-    return model, variables | {'params': cast(variables['params'])}
-
-
-def _require_same_tokenizer(context: Context, folder: pathlib.Path) -> None:
-    """Refuses a published teacher that reads other ids than the first."""
-    own, ours = PretrainedTokenizer(str(folder)).fingerprint, context.tokenizer.fingerprint
-    if own != ours:
-        raise InputError(
-            f'The tokenizer of {folder} must be that of the study, {ours}; it is {own}. Teachers '
-            'together need one vocabulary: choose one of the same family.'
-        )
-
-
-def _online_teacher(context: Context) -> tuple[Teacher, Any]:
-    """The teacher beside the student: all of it, or the estimate of it that might be cached.
-
-    An average of the student has its variables in the state that is trained.
-    """
-    if context.study.teacher.source == 'ema':
-        own = OnlineTeacher(context.model(context.study.student.model))
-        return _in_parts(context, own), {}
-    model, variables = load_teacher(context)
-    if context.study.student.cross_tokenizer is not None:
-        both = context.tokenizer, context.teacher_tokenizer
-        return ForeignTeacher(model, match_vocabularies(*both, *map(token_bytes, both))), variables
-    online = OnlineTeacher(model)
-    if context.study.more_teachers:
-        return _panel(context, online, variables)
-    if context.study.targets.kind == 'hidden':
-        return _in_parts(context, online), variables
-    estimator = online_estimator(context, model, variables)
-    return _in_parts(context, EstimatedTeacher(online, estimator)), variables
-
-
-def _in_parts(context: Context, teacher: OnlineTeacher | EstimatedTeacher) -> Teacher:
-    """The teacher, in its own parts of a batch where the config says how many."""
-    parts = context.study.teacher.micro_batches
-    return teacher if parts is None else PartwiseTeacher(teacher, parts)
-
-
-def _panel(context: Context, first: OnlineTeacher, variables: Any) -> tuple[Teacher, Any]:
-    """The first teacher and the others, together."""
-    more = context.study.more_teachers or {}
-    loaded = [load_teacher(context, config) for config in more.values()]
-    teachers = (first, *(OnlineTeacher(model) for model, _ in loaded))
-    weights = (context.study.teacher.weight, *(config.weight for config in more.values()))
-    return TeacherPanel(teachers, weights), (variables, *(own for _, own in loaded))
-
-
-def _teacher_facts(context: Context) -> dict[str, Any]:
-    """Who the teacher is: the hash of its weights and its provenance; and who the others are."""
-    more = context.study.more_teachers or {}
-    others = {name: _facts_of(context, config) for name, config in more.items()}
-    return _facts_of(context, context.study.teacher) | ({'others': others} if others else {})
-
-
-def _others(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those who taught beside the first, by name."""
-    return facts.get('others', {})
-
-
-def _facts_of(context: Context, config: TeacherConfig | FurtherTeacherConfig) -> dict[str, Any]:
-    if config.source == 'remote':
-        return remote_teacher_facts(context.study.teacher)
-    if config.source == 'ema':
-        decay = context.study.teacher.ema_decay
-        known = dataclasses.replace(
-            OWN_TEACHER, name='an average of the student', version=f'decay {decay}'
-        )
-        return {'provenance': dataclasses.asdict(config.provenance.filled(known))}
-    folder = context.folder_of(config)
-    published = config.source == 'hf'
-    sha256 = folder_sha256(folder) if published else model_sha256(folder / 'model')
-    own = dataclasses.replace(OWN_TEACHER, version=sha256[:16])
-    if published:
-        own = Provenance(name=folder.name, version=sha256[:16])
-    elif config.checkpoint is not None:
-        own = dataclasses.replace(own, name=f'checkpoint {folder.name!r} of another study')
-        # What was taught itself is under its own teacher's terms.
-        taught_by = read_metadata(folder / 'model').metadata['identity'].get('teacher')
-        if isinstance(taught_by, dict):
-            terms = [facts['provenance'] for facts in (taught_by, *_others(taught_by).values())]
-            own = dataclasses.replace(
-                own,
-                licence=' and '.join(dict.fromkeys(one['licence'] for one in terms)),
-                permits_training=all(one['permits_training'] for one in terms),
-            )
-    provenance = config.provenance.filled(own)
-    require_permission(provenance, 'The teacher')
-    return {'sha256': sha256, 'provenance': dataclasses.asdict(provenance)}
 
 
 def _recipe(
@@ -494,7 +357,7 @@ def _train(
         initial: makes the variables, placed.
         start: describes how they are made, where they need not be random.
         teacher: variables of the frozen teacher.
-        taught_by: who that is, see `_teacher_facts`.
+        taught_by: who that is, see `teacher_facts`.
         reader: of what it said before, where it is not there.
         ship: places batches where it has devices of its own.
     """

@@ -23,17 +23,12 @@ from experiments.init_config import InitConfig
 from experiments.panel_config import FurtherTeacherConfig
 from experiments.quantise_config import QuantiseConfig
 from experiments.remote_config import RemoteConfig
-from experiments.study import (
-    ControlConfig,
-    EvaluateConfig,
-    StudentConfig,
-    StudyConfig,
-    TargetsConfig,
-    TeacherConfig,
-    TextConfig,
-    build_study,
-)
+from experiments.student_config import ControlConfig, StudentConfig
+from experiments.study import EvaluateConfig, StudyConfig, build_study
 from experiments.sweep_config import build_runs
+from experiments.targets_config import TargetsConfig
+from experiments.teacher_config import TeacherConfig
+from experiments.text_config import TextConfig
 from moe.accounting import flops_per_token, parameter_report
 from moe.config import AttentionConfig, Llama3Scaling, MoEConfig, RouterConfig, TransformerConfig
 from moe.sharding import MeshConfig, abstract_variables

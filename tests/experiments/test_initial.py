@@ -17,7 +17,7 @@ from distill.load_history import LOAD_HISTORY, read_load_history
 from experiments.context import Context
 from experiments.initial import initial_variables, require_source, started_from
 from experiments.signals import StopSignal
-from experiments.stages import load_teacher
+from experiments.teaching import load_teacher
 from moe.errors import InputError
 from moe.sharding import variable_shardings
 from moe.transformer import Transformer
