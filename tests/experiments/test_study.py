@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 from tiny import get_config
 
@@ -294,6 +295,7 @@ def test_what_fits_is_let_through():
     [
         ({'data__batch_size': 12}, MeshConfig(data=8), 'config.data.batch_size / teacher'),
         ({'student__train__micro_batches': 2}, MeshConfig(data=8), 'student.train.micro_batches'),
+        ({'teacher__micro_batches': 2}, MeshConfig(data=8), '/ config.teacher.micro_batches must'),
         ({'evaluate__prefill_batch': 4}, MeshConfig(data=8), 'config.evaluate.prefill_batch'),
         ({}, MeshConfig(data=4, tensor=2), 'config.teacher.model does not fit'),
         ({'student__model__moe__router__num_experts': 6}, MeshConfig(2, 1, 4), "('experts', size"),
@@ -305,6 +307,13 @@ def test_what_does_not_fit_is_named(overrides: dict[str, object], mesh: MeshConf
     with pytest.raises(InputError) as caught:
         require_fit(study, make_mesh(mesh))
     assert message in str(caught.value)
+
+
+def test_parts_that_the_teachers_own_mesh_does_not_split_are_named():
+    both = [make_mesh(MeshConfig(data=4), jax.devices()[at : at + 4]) for at in (0, 4)]
+    require_fit(built(teacher__micro_batches=2), *both)
+    with pytest.raises(InputError, match=r'config\.teacher\.micro_batches must be a mult'):
+        require_fit(built(teacher__micro_batches=4), *both)
 
 
 def test_every_option_of_every_method_is_a_key_of_init():
