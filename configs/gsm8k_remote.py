@@ -14,8 +14,12 @@
 `texts/student` learns what the server wrote to 1,500 questions, `weights/student` people's answers
 to the same with the teacher beside them, `weights/control` those answers alone.
 
-Hardware: two CPU cores, 2 GB of memory. The minutes it takes, and what comes out, have not been
-measured yet: no result is claimed here.
+Hardware: two CPU cores, 2 GB of memory. Time: 28 minutes for the teacher, 7 to buy, 37 for the
+sweep, on a machine that had other work to do.
+Expect (jax 0.10.2; means of three seeds with 95 % t-intervals, of differences paired by seed):
+people's text alone is read at 2.92 bits per byte; learnt from the server's text 0.06 less (0.17
+less to 0.05 more), from the teacher's weights 0.16 less (0.10 to 0.22); GSM8K 0 % for all.
+experiments/studies/gsm8k_remote.md has all of it.
 """
 
 import ml_collections
@@ -27,7 +31,7 @@ QUESTION = 'Question: {question}\nAnswer:'
 
 
 def study() -> ml_collections.ConfigDict:
-    """Problems in bytes, all of the test file held out; a teacher of 1.3M parameters."""
+    """Problems in bytes, all of the test file held out; a teacher of 1.2M parameters."""
     config = base.get_config()
     config.data.update(source=f'{FOLDER}/gsm8k_train.jsonl', field=f'{QUESTION} {{answer}}')
     config.data.update(held_out_source=f'{FOLDER}/gsm8k_test.jsonl', held_out_documents=100)
