@@ -168,4 +168,6 @@ def dot_transposed(rows: Float[Array, 'n F'], matrix: Float[Array, 'D F']) -> Fl
 
 def dot_rows(rows: Float[Array, 'n D'], by: Float[Array, 'n F']) -> Float[Array, 'D F']:
     """Sums the outer products of rows."""
-    return jnp.einsum('nd,nf->df', rows, by, preferred_element_type=accumulator(rows.dtype))
+    # XLA's fastest product on CPU takes columns that lie in memory as such, and is worth the copy.
+    columns = jax.lax.optimization_barrier(rows.T)
+    return jnp.dot(columns, by, preferred_element_type=accumulator(rows.dtype))

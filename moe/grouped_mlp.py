@@ -237,7 +237,7 @@ def _looped_backward(
         ) -> Gradients:
             d_rows, d_weights, d_gate_up, d_down = carry
             # Rows of others are zero from here on, and so is all that they add to the sums below.
-            by = jnp.where(valid, rows_at(cotangent, first, size), 0)
+            by = jnp.where(valid, rows_at(d_rows, first, size), 0)
             hidden, d_both, d_row_weights = _hidden_gradients(
                 activation,
                 rows_at(both, first, size),
@@ -256,15 +256,18 @@ def _looped_backward(
         carry = over_tiles(tile, carry, **bounds)
         return carry, (carry[2].astype(gate_up.dtype), carry[3].astype(down.dtype))
 
-    # The first tile of each expert overwrites what the one before left in the last two.
+    # A tile's gradients take the place of its cotangents, which no other tile reads: fresh memory
+    # would cost more. The first tile of each expert overwrites what the one before left in the
+    # last two.
     wide = accumulator(rows.dtype)
+    ends = jnp.cumsum(group_sizes)
+    held = jnp.arange(num_rows)[:, None] < ends[-1]
     carry = (
-        jnp.zeros_like(rows),
+        jnp.where(held, cotangent, 0),
         jnp.zeros_like(weights),
         jnp.zeros_like(gate_up, wide, gate_up.shape[1:]),
         jnp.zeros_like(down, wide, down.shape[1:]),
     )
-    ends = jnp.cumsum(group_sizes)
     (d_rows, d_weights, *_), (d_gate_up, d_down) = jax.lax.scan(
         expert, carry, (gate_up, down, ends - group_sizes, ends)
     )

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from moe import tpu_rows
 
+FEW_GATHERS = 16
+
 
 def gathered(rows: Float[Array, 'S D'], index: Int[Array, 'R']) -> Float[Array, 'R D']:
     """Returns the rows of an index, zero for one of `S` or more; no gradient on TPUs."""
@@ -19,7 +21,7 @@ def gathered(rows: Float[Array, 'S D'], index: Int[Array, 'R']) -> Float[Array, 
 
 
 def gathered_sum(rows: Float[Array, 'S D'], index: Int[Array, 'R K']) -> Float[Array, 'R D']:
-    """Sums the rows of each index over k, in float32, likewise."""
+    """Sums the rows of each index over k, in float32 or wider, likewise."""
     return _by_platform(rows, index, _gathered_sum)
 
 
@@ -28,8 +30,13 @@ def _gathered(rows: Array, index: Array) -> Array:
 
 
 def _gathered_sum(rows: Array, index: Array) -> Array:
-    found = rows.at[index].get(mode='fill', fill_value=0)
-    return found.sum(axis=1, dtype=jnp.float32).astype(rows.dtype)
+    # A few gathers become one loop with their sum; what a single one finds is written out first.
+    few = index.shape[1] <= FEW_GATHERS
+    total = jnp.zeros((), jnp.promote_types(rows.dtype, jnp.float32))
+    for columns in jnp.split(index, index.shape[1] if few else 1, axis=1):
+        found = rows.at[columns].get(mode='fill', fill_value=0)
+        total += found.sum(axis=1, dtype=total.dtype)
+    return total.astype(rows.dtype)
 
 
 def _by_platform(rows: Array, index: Array, gather: Callable[[Array, Array], Array]) -> Array:
