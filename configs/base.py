@@ -424,6 +424,7 @@ def get_config() -> ml_collections.ConfigDict:
         sample_documents=5,  # held-out documents whose beginnings are prompts too
         sample_tokens=96,
         temperature=0.7,
+        weights=(),  # 'int8', 'fp8', 'int4_experts': in which the student is measured too
     )
     config.exams = dict(  # none, unless some are named
         tasks=(),  # of lm-eval, by name; with the extra `eval`, and their data on this machine

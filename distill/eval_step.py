@@ -15,7 +15,7 @@ from distill.types import Batch
 from moe.balance import router_confidence
 from moe.errors import InputError
 from moe.sharding import constrain
-from moe.transformer import Transformer, output_head
+from moe.transformer import Transformer, head_of
 
 
 @flax.struct.dataclass
@@ -132,7 +132,7 @@ def _forward(model: Transformer, variables: Any, batch: Batch) -> tuple[Array, A
         segment_ids=batch.segment_ids,
         logits=False,
     )
-    head = output_head(model.config, variables['params']).astype(output.hidden.dtype)
+    head = head_of(model.config, variables, output.hidden.dtype)
     # Gathered once over fsdp, ahead of the scan, rather than in each of its iterations.
     return output.hidden, constrain(head, (None, 'vocab'), model.mesh), output.router
 

@@ -185,6 +185,16 @@ _EXPERTS = _record(
 _PROVENANCE = _record(
     {'name': _text, 'version': _text, 'licence': _text, 'permits_training': _flag}
 )
+_QUANTISED = _record(
+    {'weights': _text, 'trained': _flag},
+    {
+        'bytes_on_disk': _count,
+        'bytes_in_memory': _count,
+        'tokens_per_second': _number,
+        'bits_per_byte': _estimate,
+        'kl_from_student': _estimate,
+    },
+)
 _STAGE = _record({'seconds': _number}, {'steps': _count, 'tokens': _count})
 _START = _record(
     {'method': _text},
@@ -212,6 +222,7 @@ _SUMMARY = _record(
         'student_start': _START,
         'comparison': _COMPARISON,
         'experts': _each(_EXPERTS),
+        'quantised': _each(_QUANTISED),
         'provenance': _entries(_PROVENANCE),
     },
 )

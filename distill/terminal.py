@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.exam_table import QUESTIONS, exam_rows, exams_of
+from distill.quantised_table import quantised_columns, quantised_rows
 from distill.tables import NOT_MEASURED, Row, measured_models, student_start, table_rows
 
 
@@ -19,6 +20,8 @@ def terminal_table(summary: Mapping[str, Any]) -> str:
     names = measured_models(summary)
     text = aligned(names, [*table_rows(summary), *exam_rows(exams_of(summary))])
     text.extend(filter(None, [student_start(summary)]))
+    if columns := quantised_columns(summary):
+        text += ['', *aligned(columns, quantised_rows(summary))]
     return '\n'.join(text)
 
 

@@ -40,6 +40,11 @@ def require_fit(study: StudyConfig, mesh: Mesh, teacher_mesh: Mesh | None = None
                 f'{key} must be a multiple of {shards}, the parts that the mesh axes data, fsdp '
                 f'and expert split its rows into; received {received}. Change it, or the mesh.'
             )
+    if study.evaluate.weights and mesh.size > 1:
+        raise InputError(
+            'config.evaluate.weights are measured on one device, as quantised matrices are '
+            f'multiplied; the mesh has {mesh.size}. Leave them out, or set config.mesh.data=1.'
+        )
     teacher_mesh = mesh if teacher_mesh is None else teacher_mesh
     size //= parts or 1
     if size % batch_shards(teacher_mesh):

@@ -8,6 +8,7 @@ import numpy as np
 
 from distill import distributed
 from distill.load_history import LOAD_HISTORY, read_load_history
+from distill.quantised_table import quantised_columns
 from distill.report import write_report
 from distill.routing_maps import RoutingMaps
 from distill.tables import headline
@@ -27,6 +28,13 @@ UNITS = {
     'bytes_per_token': 'bytes/token',
     'tokens_per_second': 'tokens/s',
     'usd_per_million_tokens': 'USD/1M tokens',
+}
+QUANTISED_UNITS = {
+    'bytes_on_disk': 'byte',
+    'bytes_in_memory': 'byte',
+    'tokens_per_second': 'tokens/s',
+    'bits_per_byte': 'bits/byte',
+    'kl_from_student': 'nats/token',
 }
 # What stands in a model's part of the summary beside its figures.
 _EXAMINED = ('exams', 'needle')
@@ -62,10 +70,16 @@ def write_study_report(context: Context, *, provenance: dict[str, Any]) -> None:
         context.json_path.write_text(json.dumps(rows, indent=2, allow_nan=False) + '\n')
 
 
-def reported_models(context: Context) -> set[str]:
-    """Names the models that the report is about, where there is one."""
+def measured_names(measured: dict[str, Any]) -> set[str]:
+    """Names the stages whose models an evaluation, or a summary, has numbers of."""
+    trained = any(row['trained'] for row in measured.get('quantised', ()))
+    return set(measured['models']) | ({'quantise'} if trained else set())
+
+
+def reported_names(context: Context) -> set[str]:
+    """Names the stages whose models the report is about, where there is one."""
     file = context.workdir.path / 'summary.json'
-    return set(json.loads(file.read_text())['models']) if file.exists() else set()
+    return measured_names(json.loads(file.read_text())) if file.exists() else set()
 
 
 def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,7 +96,25 @@ def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
             if reference:
                 row |= {'reference': reference, 'ratio': value / reference}
             rows.append(row | {'conditions': summary['command']})
+    rows += _quantised_figures(summary)
     return rows + exam_figures(summary['models'], summary['command'])
+
+
+def _quantised_figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gives what quantised weights save and lose; the reference is the student in floats."""
+    forms = summary.get('quantised', ())
+    return [
+        {
+            'name': f'{column}/{name}',
+            'value': _number(form[name]),
+            'unit': unit,
+            'conditions': summary['command'],
+        }
+        | ({'reference': _number(forms[0][name])} if name in forms[0] else {})
+        for column, form in zip(quantised_columns(summary), forms, strict=True)
+        for name, unit in QUANTISED_UNITS.items()
+        if name in form
+    ]
 
 
 def exam_figures(models: dict[str, Any], conditions: str) -> list[dict[str, Any]]:
@@ -104,7 +136,7 @@ def _number(measured: Any) -> float | None:
 
 
 def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
-    names = (*_TRAINED, 'targets', 'evaluate', 'exams')
+    names = (*_TRAINED, 'quantise', 'targets', 'evaluate', 'exams')
     stages = {name: context.workdir.result(name) for name in names}
     examined = stages['exams'] or {}
     return {
@@ -125,6 +157,7 @@ def _summary(context: Context, evaluation: dict[str, Any]) -> dict[str, Any]:
         },
         'comparison': evaluation['comparison'],
         'experts': evaluation['experts'],
+        **{key: evaluation[key] for key in ('quantised',) if key in evaluation},
     }
 
 

@@ -29,11 +29,12 @@ from experiments.exams import results, sit
 from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
 from experiments.loading import unstacked
+from experiments.quantised_evaluation import measure_quantised
 from experiments.remote_scores import (
     require_texts_of_teacher,
     write_remote_targets,
 )
-from experiments.reporting import reported_models, write_study_report
+from experiments.reporting import measured_names, reported_names, write_study_report
 from experiments.seen import is_recorded, record_seen, refuse_seen
 from experiments.targets import open_targets, write_targets
 from experiments.teaching import _others, load_teacher, online_teacher, teacher_facts
@@ -89,11 +90,12 @@ def _is_due_again(context: Context, name: str) -> bool:
     if name not in ('evaluate', 'report'):
         return False
     evaluation = context.workdir.result('evaluate')
-    measured = set() if evaluation is None else set(evaluation['models'])
+    measured = set() if evaluation is None else measured_names(evaluation)
     if name == 'evaluate':
-        return context.workdir.result('control') is not None and 'control' not in measured
+        late = {'control'} if context.mesh.size > 1 else {'control', 'quantise'}
+        return any(context.workdir.result(who) is not None for who in late - measured)
     # Figures that are asked for are written, though the report stands.
-    return context.json_path is not None or reported_models(context) != measured
+    return context.json_path is not None or reported_names(context) != measured
 
 
 def _unneeded(context: Context) -> tuple[str, ...]:
@@ -253,7 +255,16 @@ def evaluate(context: Context) -> dict[str, Any]:
     students = {name: (student_model, _load(context, name, student_model)) for name in names}
     remote = context.study.teacher.source == 'remote'
     teachers = {} if remote else {'teacher': load_teacher(context)}
-    return evaluate_models(context, teachers | students)
+    result = evaluate_models(context, teachers | students)
+    kinds, quantise = context.study.quantised_kinds, context.study.quantise
+    if kinds and context.mesh.size == 1:
+        trained = None
+        if quantise is not None and context.workdir.result('quantise') is not None:
+            trained = quantise.weights, _load(context, 'quantise', student_model)
+        # Anew: what is measured here is given up.
+        student = student_model, _load(context, 'student', student_model)
+        result['quantised'] = measure_quantised(context, kinds, student, trained)
+    return result
 
 
 def exams(context: Context) -> dict[str, Any]:

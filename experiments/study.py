@@ -27,7 +27,9 @@ from experiments.text_config import TextConfig
 from experiments.tokenizers import folder_tokenizer
 from moe.config import require
 from moe.errors import InputError
+from moe.quantised import Weights, matrix_shapes
 from moe.sharding import MeshConfig
+from moe.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,8 @@ class EvaluateConfig:
         sample_documents: held-out documents whose beginnings are prompts too.
         sample_tokens: written after each prompt.
         temperature: of the samples.
+        weights: keys of `moe.quantised.FORMATS`, in which the student is measured too; needs one
+            device.
     """
 
     batch_size: int
@@ -53,6 +57,7 @@ class EvaluateConfig:
     sample_documents: int
     sample_tokens: int
     temperature: float
+    weights: tuple[Weights, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ('batch_size', 'context_length', 'prefill_batch', 'sample_tokens'):
@@ -79,6 +84,12 @@ class StudyConfig:
     exams: ExamConfig
     more_teachers: dict[str, FurtherTeacherConfig] | None = None
     quantise: QuantiseConfig | None = None
+
+    @property
+    def quantised_kinds(self) -> tuple[Weights, ...]:
+        """In which the student is measured: those asked for, and that which it is trained for."""
+        trained = () if self.quantise is None else (self.quantise.weights,)
+        return tuple(dict.fromkeys((*self.evaluate.weights, *trained)))
 
     @property
     def trainings(self) -> dict[str, TrainConfig]:
@@ -149,6 +160,8 @@ class StudyConfig:
                     'whose weights are here, or leave the rollout out.'
                 )
         self._require_features()
+        if self.evaluate.weights:
+            matrix_shapes(Transformer(self.student.model))
         if self.quantise is not None:
             self.quantise.require_quantisable(self.student.model, self.student.mtp_weight)
         if self.student.return_weight > 0 and targets.kind != 'hidden':

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moe.activations import ACTIVATIONS, note
 from moe.attention_context import attention_contexts
@@ -18,7 +18,7 @@ from moe.inputs import check_inputs
 from moe.layers import norm_of, partitioned, soft_cap
 from moe.mtp import PredictionModule, ahead, same_segment_ahead
 from moe.qk_clip import MAX_LOGITS
-from moe.quantised import COLLECTION, Kernel, Quantised, product, stored_kernel
+from moe.quantised import COLLECTION, Kernel, Quantised, dequantised, product, stored_kernel
 from moe.replay import Replay, recorded_ids
 from moe.routing import require_causal
 from moe.sharding import constrain
@@ -285,12 +285,25 @@ def output_head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:
     Raises:
         InputError: where logits are soft-capped: they are then more than a product.
     """
+    _require_product(config)
+    return _head(config, params)
+
+
+def head_of(config: TransformerConfig, variables: Any, dtype: DTypeLike) -> Float[Array, 'D V']:
+    """Returns `output_head` of variables that may be quantised, as floats of a dtype."""
+    found = variables.get(COLLECTION, {}).get('head')
+    if found is None:
+        return output_head(config, variables['params']).astype(dtype)
+    _require_product(config)
+    return dequantised(Quantised(**found['kernel'], outputs=(config.vocab_size,)), dtype)
+
+
+def _require_product(config: TransformerConfig) -> None:
     if config.logit_soft_cap is not None:
         raise InputError(
             f'A head stands for the logits only where model.logit_soft_cap is None; received '
             f'{config.logit_soft_cap}. Ask the model for its logits.'
         )
-    return _head(config, params)
 
 
 def _head(config: TransformerConfig, params: Any) -> Float[Array, 'D V']:

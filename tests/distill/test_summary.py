@@ -60,6 +60,7 @@ SUMMARY = {
     'experts': [
         {'layer': 1, 'max_violation': 0.2, 'entropy': 0.9, 'dead_experts': 0, 'drop_fraction': 0.0}
     ],
+    'quantised': [{'weights': 'int8', 'trained': False, 'bytes_on_disk': 9, 'bytes_in_memory': 9}],
 }
 REQUIRED = ('schema', 'command', 'config', 'seed', 'versions', 'devices', 'stages', 'models')
 
