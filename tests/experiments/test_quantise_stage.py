@@ -1,5 +1,6 @@
 """A student that is trained on to be quantised, towards itself: cut off or whole the same."""
 
+import json
 import pathlib
 import shutil
 
@@ -22,6 +23,7 @@ def get_config():
     config = tiny.get_config()
     config.teacher.train.steps = 3
     config.student.train.steps = 3
+    config.evaluate.weights = ('int8',)
     config.quantise = base.quantise('int4_experts')
     config.quantise.optimizer.update(learning_rate=2e-3, warmup_steps=1)
     config.quantise.train.update(steps=24, log_every=1, checkpoint_every=8, chunk_size=64)
@@ -35,7 +37,7 @@ def study(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp('quantise')
     (folder / 'config.py').write_text(CONFIG)
     flags = [f'--config={folder / "config.py"}', f'--config.data.source={launcher.source}']
-    flags += [f'--workdir={folder / "study"}', '--stages=teacher,student,quantise']
+    flags += [f'--workdir={folder / "study"}', '--stages=teacher,student,quantise,evaluate,report']
     finished = launcher.run(*flags, devices=1)
     assert finished.status == 0, finished.output
     return folder / 'study', flags
@@ -64,6 +66,23 @@ def test_it_nears_the_student_and_resumed_ends_with_the_same_bits(
     assert finished.status == 0, finished.output
     assert_bitwise_equal(arrays, checkpoint_arrays(workdir, 'quantise', STEPS))
     assert rows == metric_rows(workdir, 'quantise')
+
+
+def test_the_report_has_what_each_kind_of_weights_saves_and_loses(
+    study: tuple[pathlib.Path, list[str]],
+):
+    rows = json.loads((study[0] / 'summary.json').read_text())['quantised']
+    kinds = [(row['weights'], row['trained']) for row in rows]
+    whole, eight, four, trained = rows
+    four_bits = [('int4_experts', False), ('int4_experts', True)]
+    assert kinds == [('float32', False), ('int8', False), *four_bits]
+    for name in ('bytes_on_disk', 'bytes_in_memory'):
+        assert whole[name] > eight[name] > four[name] == trained[name] > 0
+    assert all(row['bits_per_byte']['value'] > 0 for row in rows)
+    assert 'kl_from_student' not in whole
+    losses = [row['kl_from_student']['value'] for row in (eight, trained, four)]
+    assert 0 < losses[0] < losses[2]
+    assert 'Cheaper still' in (study[0] / 'report.html').read_text()
 
 
 def test_what_cannot_be_quantised_is_refused_before_anything_runs():
