@@ -37,7 +37,7 @@ from experiments.remote_scores import (
 from experiments.reporting import measured_names, reported_names, write_study_report
 from experiments.seen import is_recorded, record_seen, refuse_seen
 from experiments.targets import open_targets, write_targets
-from experiments.teaching import _others, load_teacher, online_teacher, teacher_facts
+from experiments.teaching import further_facts, load_teacher, online_teacher, teacher_facts
 from experiments.training import Run, load_model, train_model
 from moe.config import TransformerConfig
 from moe.convert import family_of
@@ -257,7 +257,13 @@ def evaluate(context: Context) -> dict[str, Any]:
     teachers = {} if remote else {'teacher': load_teacher(context)}
     result = evaluate_models(context, teachers | students)
     kinds, quantise = context.study.quantised_kinds, context.study.quantise
-    if kinds and context.mesh.size == 1:
+    if kinds and context.mesh.size > 1:
+        print(
+            f'quantised weights are not measured on {context.mesh.size} devices; '
+            '--stages=evaluate,report on one does.',
+            file=sys.stderr,
+        )
+    elif kinds:
         trained = None
         if quantise is not None and context.workdir.result('quantise') is not None:
             trained = quantise.weights, _load(context, 'quantise', student_model)
@@ -296,7 +302,7 @@ def report(context: Context) -> dict[str, Any]:
     """Writes summary.json, report.html and the pictures, and prints the table."""
     context.workdir.require_result('evaluate', wanted_by='report')
     facts = teacher_facts(context)
-    others = {f'teacher {name}': own['provenance'] for name, own in _others(facts).items()}
+    others = {f'teacher {name}': own['provenance'] for name, own in further_facts(facts).items()}
     write_study_report(context, provenance={'teacher': facts['provenance']} | others)
     return {}
 

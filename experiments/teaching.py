@@ -118,7 +118,7 @@ def teacher_facts(context: Context) -> dict[str, Any]:
     return _facts_of(context, context.study.teacher) | ({'others': others} if others else {})
 
 
-def _others(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def further_facts(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Those who taught beside the first, by name."""
     return facts.get('others', {})
 
@@ -143,7 +143,9 @@ def _facts_of(context: Context, config: TeacherConfig | FurtherTeacherConfig) ->
         # What was taught itself is under its own teacher's terms.
         taught_by = read_metadata(folder / 'model').metadata['identity'].get('teacher')
         if isinstance(taught_by, dict):
-            terms = [facts['provenance'] for facts in (taught_by, *_others(taught_by).values())]
+            terms = [
+                facts['provenance'] for facts in (taught_by, *further_facts(taught_by).values())
+            ]
             own = dataclasses.replace(
                 own,
                 licence=' and '.join(dict.fromkeys(one['licence'] for one in terms)),
