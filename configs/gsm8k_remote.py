@@ -36,16 +36,10 @@ def study() -> ml_collections.ConfigDict:
     config.data.update(source=f'{FOLDER}/gsm8k_train.jsonl', field=f'{QUESTION} {{answer}}')
     config.data.update(held_out_source=f'{FOLDER}/gsm8k_test.jsonl', held_out_documents=100)
     config.data.update(tokenizer='byte', seq_len=512, batch_size=8)
-    for part, width, layers in ((config.teacher, 160, 4), (config.student, 96, 2)):
-        part.model.update(num_layers=layers, embed_dim=width, mlp_dim=3 * width)
-        part.model.attention.update(num_heads=width // 32, num_kv_heads=1, head_dim=32)
-        part.optimizer.update(name='muon', learning_rate=5e-3, warmup_steps=20)
+    small.make_dense(config.teacher, width=160, layers=4, heads=5)
+    small.make_dense(config.student, width=96, layers=2, heads=3)
     config.teacher.train.update(steps=500, checkpoint_every=100)
-
-    student = config.student
-    student.model.moe = None
-    student.balance.selection_bias_rate = 0.0
-    student.train.update(steps=200, checkpoint_every=100)
+    config.student.train.update(steps=200, checkpoint_every=100)
     config.evaluate.update(context_length=512, prefill_batch=4, sample_tokens=64)
     return config
 

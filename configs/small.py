@@ -17,19 +17,24 @@ def get_config() -> ml_collections.ConfigDict:
     config = base.get_config()
     config.data.update(vocab_size=1024, max_bytes=4_000_000, seq_len=128, batch_size=16)
     config.data.update(held_out_fraction=0.1, held_out_documents=24)
-    for part, width in ((config.teacher, 128), (config.student, 64)):
-        part.model.update(num_layers=2, embed_dim=width, mlp_dim=3 * width)
-        part.model.attention.update(num_heads=2, num_kv_heads=1, head_dim=32)
-        part.optimizer.update(name='muon', learning_rate=5e-3, warmup_steps=20)
+    make_dense(config.teacher, width=128, layers=2, heads=2)
+    make_dense(config.student, width=64, layers=2, heads=2)
     config.teacher.train.update(steps=400, checkpoint_every=400)
 
     student = config.student
-    student.model.moe = None
-    student.balance.selection_bias_rate = 0.0
     student.train.update(steps=200, checkpoint_every=200)
     student.terms = dict(loss=base.term('forward_kl'))
     config.evaluate.update(context_length=128, sample_tokens=16)
     return config
+
+
+def make_dense(part: ml_collections.ConfigDict, *, width: int, layers: int, heads: int) -> None:
+    """Makes a teacher or a student a small decoder without experts, trained by Muon."""
+    part.model.update(num_layers=layers, embed_dim=width, mlp_dim=3 * width, moe=None)
+    part.model.attention.update(num_heads=heads, num_kv_heads=1, head_dim=32)
+    part.optimizer.update(name='muon', learning_rate=5e-3, warmup_steps=20)
+    if 'balance' in part:
+        part.balance.selection_bias_rate = 0.0
 
 
 def sweep(
