@@ -9,6 +9,8 @@ import dataclasses
 import logging as std_logging
 import math
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +41,10 @@ __all__ = [
     'latest_good_step',
     'read_metadata',
 ]
+
+_ORBAX_THREAD = '_SignalingThread'
+# Seconds for threads that wait for a signal which the one that failed will not send.
+_WRITERS_S = 10.0
 
 
 class CheckpointWriteError(OSError, InputError):
@@ -215,6 +221,7 @@ class CheckpointManager:
             # tensorstore reports the operating system's errors as ValueErrors that quote the code.
             if not isinstance(error, OSError) and 'os_error_code' not in str(error):
                 raise
+            _await_writers()
             with contextlib.suppress(OSError):
                 files.delete(self._directory / str(step))
             raise CheckpointWriteError(
@@ -310,6 +317,15 @@ def _on_first_process(action: Callable[[], int]) -> int:
     return int(result)
 
 
+def _await_writers() -> None:
+    """Waits for orbax's other threads: it raises the first's error while they still write files."""
+    end = time.monotonic() + _WRITERS_S
+    for thread in threading.enumerate():
+        if type(thread).__name__ == _ORBAX_THREAD:
+            # Not the subclass's own `join`, which raises that thread's error.
+            threading.Thread.join(thread, max(0.0, end - time.monotonic()))
+
+
 def _raised_too(record: std_logging.LogRecord) -> bool:
     """Drops the traceback that orbax logs in each of its threads for an error it also raises."""
-    return '_SignalingThread' not in str(record.msg)
+    return _ORBAX_THREAD not in str(record.msg)

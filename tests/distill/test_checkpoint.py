@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
@@ -292,14 +293,29 @@ def test_bad_retention_is_refused(tmp_path, keep):
         CheckpointManager(tmp_path, **keep)
 
 
+class _SignalingThread(threading.Thread):
+    """Named as orbax names the threads in which it writes."""
+
+
+def _write_late(directory):
+    time.sleep(0.5)
+    directory.mkdir(exist_ok=True)
+    (directory / 'late').write_text('')
+
+
 def test_full_disk_is_an_error_and_the_earlier_checkpoint_is_intact(tmp_path, caplog):
-    """A limit on file sizes stands in for a full disk: the write system call fails in both."""
+    """A limit on file sizes stands in for a full disk: the write system call fails in both.
+
+    Another of orbax's threads still writes when the first has failed.
+    """
     manager = _saved(tmp_path, [1])
+    straggler = _SignalingThread(target=_write_late, args=(tmp_path / '2',))
     large = {'w': jnp.asarray(np.random.default_rng(0).standard_normal(40_000))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
+        straggler.start()
         with pytest.raises(CheckpointWriteError) as raised:
             _save(manager, 2, large)
     finally:
@@ -311,6 +327,7 @@ def test_full_disk_is_an_error_and_the_earlier_checkpoint_is_intact(tmp_path, ca
     for part in ('step 2', str(tmp_path), 'File too large', 'Make room', 'steps [1]'):
         assert part in message
     assert '_SignalingThread' not in caplog.text
+    straggler.join()
     assert sorted(path.name for path in tmp_path.iterdir()) == ['1']
     assert manager.restore(_abstract(_small(0)))[3] == 1
     _save(manager, 2)
