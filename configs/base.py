@@ -431,6 +431,9 @@ def get_config() -> ml_collections.ConfigDict:
         tasks_path=config_dict.placeholder(str),  # a folder of more tasks' YAML files
         shots=config_dict.placeholder(int),  # examples before a question; None for each task's own
         limit=config_dict.placeholder(int),  # questions of a task, and of GSM8K; None for all
+        chat=False,  # ask tasks and GSM8K as conversations, by the tokenizer's chat template
+        system=config_dict.placeholder(str),  # what such a conversation begins with
+        multiturn=True,  # examples are turns of their own
         gsm8k=dict(
             test=config_dict.placeholder(str),  # a .jsonl of `question` and `answer`
             train=config_dict.placeholder(str),  # that the examples are drawn from

@@ -11,6 +11,9 @@ from typing import Any
 
 from moe.errors import InputError
 
+# Where a turn is cut off: a code point that is no character, and so of no text.
+_CUT = '\ufdd0'
+
 
 class ChatTemplate:
     """A folder's chat template.
@@ -22,6 +25,7 @@ class ChatTemplate:
         path: a folder with chat_template.jinja, or a tokenizer_config.json that holds one.
 
     Attributes:
+        source: the template itself.
         fingerprint: of the template and the special tokens that it writes.
 
     Raises:
@@ -45,6 +49,7 @@ class ChatTemplate:
             if name.endswith('_token')
         }
         self._template = _compile(source, folder)
+        self.source: str = source
         content = json.dumps([source, self._tokens], sort_keys=True)
         self.fingerprint: str = hashlib.sha256(content.encode()).hexdigest()
 
@@ -71,6 +76,25 @@ class ChatTemplate:
                 f'The chat template does not take this conversation: {error}. Change its roles or '
                 'their order.'
             ) from error
+
+    def render_begun(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Renders a conversation up to the end of its last content, which the model goes on with.
+
+        Args:
+            messages: as of `render`.
+
+        Raises:
+            InputError: where the template refuses the conversation, or leaves its end out.
+        """
+        *before, last = messages
+        text = self.render([*before, {**last, 'content': f'{last["content"]}{_CUT}'}])
+        begun, cut, _ = text.rpartition(_CUT)
+        if not cut:
+            raise InputError(
+                'A chat template must write the last turn for the model to go on with it; this one '
+                f'leaves out that of {last["role"]!r}. Ask without the beginning of an answer.'
+            )
+        return begun
 
 
 def has_template(path: str | os.PathLike[str]) -> bool:

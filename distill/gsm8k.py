@@ -63,6 +63,27 @@ def prompt(examples: Sequence[Problem], question: str) -> str:
     return f'{solved}Question: {question}\nAnswer:'
 
 
+def conversation(
+    examples: Sequence[Problem], question: str, *, system: str | None, multiturn: bool
+) -> list[dict[str, str]]:
+    """Returns the turns that a model of conversations answers, as lm-eval makes them of `prompt`.
+
+    Args:
+        examples: solved problems.
+        question: what is asked.
+        system: what stands first; None for nothing.
+        multiturn: whether each example is a question and an answer of its own, rather than a part
+            of the one question.
+    """
+    turns = [] if system is None else [('system', system)]
+    if multiturn:
+        for example in examples:
+            turns += [('user', prompt([], example.question)), ('assistant', example.answer)]
+        examples = []
+    turns.append(('user', prompt(examples, question)))
+    return [{'role': role, 'content': content} for role, content in turns]
+
+
 def draw_examples(problems: Sequence[Problem], count: int, seed: int) -> list[Problem]:
     """Draws the examples that stand before every question; equal seeds draw equal ones.
 

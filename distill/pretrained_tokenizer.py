@@ -48,6 +48,7 @@ class PretrainedTokenizer:
         path: a folder with tokenizer.json and tokenizer_config.json.
 
     Attributes:
+        folder: that it was read from.
         vocab_size: one more than the largest id, added tokens included. A model's vocabulary is
             often padded to more; ids of the padding have no text.
 
@@ -58,14 +59,14 @@ class PretrainedTokenizer:
     kind = 'pretrained'
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._folder = pathlib.Path(path)
-        self._tokenizer = _read_tokenizer(self._folder / TOKENIZER_FILE)
-        settings = _read_settings(self._folder / SETTINGS_FILE)
+        self.folder = pathlib.Path(path)
+        self._tokenizer = _read_tokenizer(self.folder / TOKENIZER_FILE)
+        settings = _read_settings(self.folder / SETTINGS_FILE)
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         eos = self._special(settings, 'eos')
         if eos is None:
             raise InputError(
-                f'{self._folder / SETTINGS_FILE} must name an eos_token that the vocabulary has: '
+                f'{self.folder / SETTINGS_FILE} must name an eos_token that the vocabulary has: '
                 'documents end with it. Add it, as the model was trained with.'
             )
         bos, pad = self._special(settings, 'bos'), self._special(settings, 'pad')
@@ -110,8 +111,8 @@ class PretrainedTokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         with whole_directory(path) as directory:
             for name in (TOKENIZER_FILE, *COMPANIONS):
-                if (self._folder / name).is_file():
-                    shutil.copyfile(self._folder / name, directory / name)
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, directory / name)
             write_metadata(directory, self, {})
 
     @classmethod

@@ -71,6 +71,10 @@ class ExamConfig:
         tasks_path: a folder of more tasks' YAML files.
         shots: examples before each question of those; None for what each task says.
         limit: questions of a task, and of GSM8K, at most; None for all.
+        chat: whether tasks and GSM8K are asked as conversations, by the chat template of the
+            model's tokenizer.
+        system: what such a conversation begins with; None for what the task says, if anything.
+        multiturn: whether examples are turns of their own, rather than a part of the question's.
         gsm8k: school problems, by our own sampler.
         needle: facts in long texts.
         rows: texts that are run at once.
@@ -81,6 +85,9 @@ class ExamConfig:
     tasks_path: str | None = None
     shots: int | None = None
     limit: int | None = None
+    chat: bool = False
+    system: str | None = None
+    multiturn: bool = True
     gsm8k: GSM8KConfig = dataclasses.field(default_factory=GSM8KConfig)
     needle: NeedleConfig = dataclasses.field(default_factory=NeedleConfig)
     rows: int = 8
@@ -91,6 +98,11 @@ class ExamConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f'exams.{name}', 'positive', value)
         require(self.shots is None or self.shots >= 0, 'exams.shots', 'zero or more', self.shots)
+        if self.system is not None and not self.chat:
+            raise InputError(
+                f'exams.system needs exams.chat=True; received {self.system!r} and False. Set it, '
+                'or leave the system turn out.'
+            )
         longest = max(self.needle.lengths, default=0)
         require(
             longest <= self.max_length,

@@ -6,8 +6,9 @@
 
 Tasks are those of lm-eval (the extra `eval`), whose data must be on this machine; --tasks_path
 names a folder of others. GSM8K is answered by our own sampler, and judged by exact match of the
-number; a needle is found where the right one of the numbers in a text is held likeliest. The same
-exams are a stage of a study: see config.exams.
+number; a needle is found where the right one of the numbers in a text is held likeliest. With
+--chat a published model is asked tasks and GSM8K in conversations, as its folder's template writes
+them (the extra `chat`). The same exams are a stage of a study: see config.exams.
 """
 
 import json
@@ -21,8 +22,7 @@ from distill.exam_table import exam_rows
 from distill.terminal import aligned
 from experiments import cli
 from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
-from experiments.examinee import Examinee
-from experiments.exams import Sat, results, sit
+from experiments.exams import Sat, make_examinee, results, sit
 from experiments.reporting import exam_figures
 from experiments.writing_flags import CHECKPOINT, MAX_LENGTH, ROWS, loaded_model
 from moe.errors import InputError
@@ -32,6 +32,9 @@ TASKS = flags.DEFINE_list('tasks', [], 'Of lm-eval, by name, with commas.')
 TASKS_PATH = flags.DEFINE_string('tasks_path', None, "A folder of more tasks' YAML files.")
 SHOTS = flags.DEFINE_integer('shots', None, "Examples before each question; each task's own.", 0)
 LIMIT = flags.DEFINE_integer('limit', None, 'Questions of a task, and of GSM8K; all.', 1)
+CHAT = flags.DEFINE_bool('chat', False, "Ask in conversations, by the folder's chat template.")
+SYSTEM = flags.DEFINE_string('system', None, 'What conversations begin with.')
+MULTITURN = flags.DEFINE_bool('multiturn', True, 'Examples are turns of a conversation.')
 GSM8K = flags.DEFINE_string('gsm8k', None, 'The test file of GSM8K, .jsonl.')
 GSM8K_TRAIN = flags.DEFINE_string('gsm8k_train', None, 'The file its examples are drawn from.')
 GSM8K_SHOTS = flags.DEFINE_integer('gsm8k_shots', 5, 'Examples before each question.', 0)
@@ -77,6 +80,9 @@ def exam_config() -> ExamConfig:
         tasks_path=TASKS_PATH.value,
         shots=SHOTS.value,
         limit=LIMIT.value,
+        chat=CHAT.value,
+        system=SYSTEM.value,
+        multiturn=MULTITURN.value,
         gsm8k=GSM8KConfig(GSM8K.value, GSM8K_TRAIN.value, GSM8K_SHOTS.value, MAX_NEW_TOKENS.value),
         needle=NeedleConfig(lengths, trials=TRIALS.value),
         rows=ROWS.value,
@@ -86,13 +92,7 @@ def exam_config() -> ExamConfig:
 
 def _sit(checkpoint: str, config: ExamConfig) -> Sat:
     loaded = loaded_model(checkpoint)
-    examinee = Examinee(
-        loaded.model,
-        loaded.variables,
-        loaded.tokenizer,
-        rows=config.rows,
-        max_length=config.max_length,
-    )
+    examinee = make_examinee(loaded.model, loaded.variables, loaded.tokenizer, config)
     return sit(examinee, config, seed=SEED.value)
 
 

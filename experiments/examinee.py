@@ -7,6 +7,7 @@ from typing import Any
 
 from distill.scoring import Scored, score
 from distill.tokenizer import Tokenizer
+from experiments.chat_prompts import ChatPrompts
 from experiments.text_stream import TextStream
 from moe.engine import Engine
 from moe.errors import InputError
@@ -28,6 +29,7 @@ class Question:
         stops: strings that end it, and are not part of it.
         sampling: how it is drawn.
         seed: in [0, 2**32).
+        rendered: whether a chat template wrote it.
     """
 
     text: str
@@ -35,10 +37,14 @@ class Question:
     stops: tuple[str, ...] = ()
     sampling: Sampling = GREEDY
     seed: int = 0
+    rendered: bool = False
 
 
 class Examinee:
-    """A model with its tokenizer. Every text begins with `bos`, as the documents it has learnt.
+    """A model with its tokenizer.
+
+    Every text begins with `bos`, as the documents it has learnt, but what a chat template wrote:
+    that has its special tokens spelt out in it, and ends where the template says.
 
     Args:
         model: with a subtree for each layer, or a stack of them.
@@ -46,6 +52,7 @@ class Examinee:
         tokenizer: that it was trained with.
         rows: texts that are run at once; rounded up to what the mesh splits a batch into.
         max_length: tokens of a question and its answer.
+        chat: how conversations are rendered, where some are asked.
     """
 
     def __init__(
@@ -56,18 +63,25 @@ class Examinee:
         *,
         rows: int,
         max_length: int,
+        chat: ChatPrompts | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.chat = chat
         self.max_length = max_length
         self._model = model
         self._variables = variables
         self._rows = rows + -rows % batch_shards(model.mesh)
 
-    def encode(self, text: str) -> list[int]:
-        """Encodes a text that begins a document."""
+    def encode(self, text: str, *, rendered: bool = False) -> list[int]:
+        """Encodes a text that begins a document, or one that the chat template wrote."""
+        if rendered:
+            assert self.chat is not None
+            return self.chat.encode_rendered(text)
         return [self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()]
 
-    def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def split(
+        self, context: str, continuation: str, *, rendered: bool = False
+    ) -> tuple[list[int], list[int]]:
         """Encodes a context and what follows it; spaces between them belong to what follows.
 
         The ids of the continuation are those of the whole text past the context's own, so that a
@@ -76,8 +90,8 @@ class Examinee:
         spaces = len(context) - len(context.rstrip(' '))
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        before = self.encode(context)
-        return before, self.encode(context + continuation)[len(before) :]
+        before = self.encode(context, rendered=rendered)
+        return before, self.encode(context + continuation, rendered=rendered)[len(before) :]
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
         """Scores continuations of contexts, ids both.
@@ -122,11 +136,14 @@ class Examinee:
         return texts
 
     def _request(self, question: Question) -> Request:
+        ends = (self.tokenizer.eos_id,)
+        if question.rendered and self.chat is not None:
+            ends = self.chat.stop_ids
         return Request(
-            prompt=tuple(self.encode(question.text)),
+            prompt=tuple(self.encode(question.text, rendered=question.rendered)),
             max_new_tokens=question.max_new_tokens,
             sampling=question.sampling,
-            stop_ids=(self.tokenizer.eos_id,),
+            stop_ids=ends,
             seed=question.seed,
         )
 

@@ -9,9 +9,12 @@ import numpy as np
 from distill import gsm8k
 from distill.exams import Exam, exam_summary, graded
 from distill.needle import needle
-from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
+from distill.tokenizer import Tokenizer
+from experiments.chat_prompts import required_chat
+from experiments.exam_config import ExamConfig, NeedleConfig
 from experiments.examinee import Examinee, Question
 from experiments.harness import run_tasks
+from moe.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ def sit(examinee: Examinee, config: ExamConfig, *, seed: int) -> Sat:
     if config.tasks:
         exams += run_tasks(examinee, config, seed=seed)
     if config.gsm8k.test is not None:
-        exams.append(_sit_gsm8k(examinee, config.gsm8k, config.limit, seed))
+        exams.append(_sit_gsm8k(examinee, config, seed))
     if config.needle.lengths:
         found, cells = _sit_needle(examinee, config.needle, seed)
         exams += found
@@ -64,16 +67,41 @@ def results(sat: dict[str, Sat], *, seed: int) -> dict[str, Any]:
     return rows
 
 
-def _sit_gsm8k(examinee: Examinee, config: GSM8KConfig, limit: int | None, seed: int) -> Exam:
+def make_examinee(
+    model: Transformer, variables: Any, tokenizer: Tokenizer, config: ExamConfig
+) -> Examinee:
+    """Makes a model sit as the config says.
+
+    Raises:
+        InputError: where conversations are asked and the tokenizer has no chat template, or the
+            extra `chat` is not installed.
+    """
+    chat = required_chat(tokenizer) if config.chat else None
+    rows, max_length = config.rows, config.max_length
+    return Examinee(model, variables, tokenizer, rows=rows, max_length=max_length, chat=chat)
+
+
+def _sit_gsm8k(examinee: Examinee, config: ExamConfig, seed: int) -> Exam:
     """Has a model write its answers, each with its likeliest tokens."""
-    assert config.test is not None
-    problems = gsm8k.read_problems(config.test)[:limit]
+    exam, chat = config.gsm8k, examinee.chat
+    assert exam.test is not None
+    problems = gsm8k.read_problems(exam.test)[: config.limit]
     examples = []
-    if config.shots:
-        assert config.train is not None
-        examples = gsm8k.draw_examples(gsm8k.read_problems(config.train), config.shots, seed)
+    if exam.shots:
+        assert exam.train is not None
+        examples = gsm8k.draw_examples(gsm8k.read_problems(exam.train), exam.shots, seed)
+
+    def ask(question: str) -> str:
+        if chat is None:
+            return gsm8k.prompt(examples, question)
+        turns = gsm8k.conversation(
+            examples, question, system=config.system, multiturn=config.multiturn
+        )
+        return chat.template.render(turns, add_generation_prompt=True)
+
+    rendered = chat is not None
     questions = [
-        Question(gsm8k.prompt(examples, p.question), config.max_new_tokens, (gsm8k.STOP,))
+        Question(ask(p.question), exam.max_new_tokens, (gsm8k.STOP,), rendered=rendered)
         for p in problems
     ]
     answers = examinee.write(questions)

@@ -55,7 +55,7 @@ def main() -> None:
     work = _work(loaded, chat, prompts)
     settings = {
         'model': loaded.sha256,
-        'chat_template': chat and chat.fingerprint,
+        'chat_template': chat and chat.template.fingerprint,
         'max_new_tokens': MAX_NEW_TOKENS.value,
         'stop': STOP.value,
         'seed': SEED.value,

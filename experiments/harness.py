@@ -1,5 +1,6 @@
 """Tasks of lm-eval, sat by one of our models; the library is the extra `eval`."""
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -44,6 +45,9 @@ def run_tasks(examinee: Examinee, config: ExamConfig, *, seed: int) -> list[Exam
             tasks=list(config.tasks),
             task_manager=manager,
             num_fewshot=config.shots,
+            apply_chat_template=config.chat,
+            fewshot_as_multiturn=config.multiturn,
+            system_instruction=config.system,
             limit=config.limit,
             bootstrap_iters=_RESAMPLES,
             random_seed=seed,
@@ -88,17 +92,24 @@ def _manager(config: ExamConfig) -> Any:
 def harness_model(examinee: Examinee, *, seed: int = 0) -> Any:
     """Returns an `lm_eval.api.model.LM` that answers with a model of ours.
 
+    With a chat template, lm-eval has every context of a continuation or an answer rendered by it;
+    texts that are scored whole, and contexts that are empty, stay as they are.
+
     Args:
         examinee: the model.
         seed: of texts that are drawn rather than taken as likeliest.
     """
     base: Any = importlib.import_module('lm_eval.api.model').LM
+    chat = examinee.chat
 
     class HarnessModel(base):
         """The three questions that lm-eval has, each a list of requests with `args`."""
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            pairs = [examinee.split(*request.args) for request in requests]
+            pairs = [
+                examinee.split(context, rest, rendered=chat is not None and context != '')
+                for context, rest in (request.args for request in requests)
+            ]
             return [(scored.log_prob, scored.is_greedy) for scored in examinee.score(pairs)]
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -106,9 +117,28 @@ def harness_model(examinee: Examinee, *, seed: int = 0) -> Any:
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             drawn = enumerate(request.args for request in requests)
-            return examinee.write(
-                [_question(text, wanted, (seed + at) % 2**32) for at, (text, wanted) in drawn]
-            )
+            questions = [
+                _question(text, wanted, (seed + at) % 2**32) for at, (text, wanted) in drawn
+            ]
+            if chat is not None:
+                questions = [dataclasses.replace(one, rendered=True) for one in questions]
+            return examinee.write(questions)
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            """Renders a conversation; without a prompt to answer, its last turn stays open."""
+            assert chat is not None
+            if add_generation_prompt:
+                return chat.template.render(chat_history, add_generation_prompt=True)
+            return chat.template.render_begun(chat_history)
+
+        @property
+        def tokenizer_name(self) -> str:
+            return examinee.tokenizer.fingerprint
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return chat.template.source if chat_template and chat is not None else ''
 
     return HarnessModel()
 

@@ -24,8 +24,7 @@ from distill.target_stream import TargetStream
 from distill.teacher import CachedTeacher, OnlineTeacher, Teacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
-from experiments.examinee import Examinee
-from experiments.exams import results, sit
+from experiments.exams import make_examinee, results, sit
 from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
 from experiments.loading import unstacked
@@ -288,12 +287,8 @@ def exams(context: Context) -> dict[str, Any]:
     config, seed, sat = context.study.exams, context.study.seed, {}
     for name in names:
         model, variables = _trained(context, name)
-        examinee = Examinee(
-            *unstacked(model, variables, context.mesh),
-            context.read_by(name)[0],
-            rows=config.rows,
-            max_length=config.max_length,
-        )
+        model, variables = unstacked(model, variables, context.mesh)
+        examinee = make_examinee(model, variables, context.read_by(name)[0], config)
         sat[name] = sit(examinee, config, seed=seed)
     return results(sat, seed=seed)
 

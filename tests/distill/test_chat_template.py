@@ -37,6 +37,18 @@ def test_a_conversation_by_hand(tmp_path: Path) -> None:
     assert prompt == '[<user>1 < 2?]\n<assistant>'
 
 
+def test_a_turn_that_is_begun_stays_open(tmp_path: Path) -> None:
+    """What a template strips of the last turn is no part of it."""
+    begun = [*MESSAGES[:1], {'role': 'assistant', 'content': ' The answer: '}]
+    template = ChatTemplate(folder_with(tmp_path, TEMPLATE))
+    assert template.render_begun(begun) == '[<user>1 < 2?]\n<assistant> The answer: '
+    trimmed = TEMPLATE.replace('message.content', 'message.content | trim')
+    template = ChatTemplate(folder_with(tmp_path, trimmed))
+    assert template.render_begun(begun) == '[<user>1 < 2?]\n<assistant>The answer: '
+    with pytest.raises(InputError, match="leaves out that of 'assistant'"):
+        ChatTemplate(folder_with(tmp_path, 'x')).render_begun(begun)
+
+
 def test_a_file_of_its_own_comes_first(tmp_path: Path) -> None:
     folder_with(tmp_path, 'old')
     (tmp_path / 'chat_template.jinja').write_text('{{ messages | tojson }}')

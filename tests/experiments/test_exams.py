@@ -12,10 +12,12 @@ from launching import ROOT
 from stage import make_stage
 
 from distill.gsm8k import prompt
+from distill.pretrained_tokenizer import PretrainedTokenizer, write_pretrained
 from distill.tokenizer import ByteTokenizer
+from experiments.chat_prompts import required_chat
 from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
 from experiments.examinee import Examinee, Question
-from experiments.exams import results, sit
+from experiments.exams import make_examinee, results, sit
 from experiments.harness import run_tasks
 from experiments.loading import load_stage
 from moe.decode import write
@@ -32,7 +34,7 @@ class Scripted(Examinee):
     """Sits exams by a script: right in some, wrong in others; remembers what it was asked."""
 
     def __init__(self, **script):
-        self.tokenizer, self.script, self.asked = BYTES, script, []
+        self.tokenizer, self.chat, self.script, self.asked = BYTES, None, script, []
 
     def write(self, questions):
         self.asked += questions
@@ -110,6 +112,53 @@ def test_gsm8k_is_graded_by_the_number(files):
     assert len(sit(model, ExamConfig(limit=3, gsm8k=config.gsm8k), seed=1).exams[0].grades) == 3
 
 
+def test_gsm8k_is_asked_as_a_conversation(files, tmp_path):
+    pytest.importorskip('jinja2', reason='chat templates need the extra chat')
+    write_pretrained(BYTES, tmp_path / 'published')
+    (tmp_path / 'published' / 'chat_template.jinja').write_text(
+        '{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}'
+        '{% if add_generation_prompt %}<assistant>{% endif %}'
+    )
+    model = Scripted(answers=lambda _: '')
+    model.chat = required_chat(PretrainedTokenizer(tmp_path / 'published'))
+    exam = GSM8KConfig(*files, shots=2)
+    for multiturn in (True, False):
+        config = ExamConfig(gsm8k=exam, limit=1, chat=True, system='Be brief.', multiturn=multiturn)
+        sit(model, config, seed=1)
+    first, second = [p['question'] for p in PROBLEMS[4:]]
+    turns, one = (asked.text for asked in model.asked)
+    if turns.index(first) > turns.index(second):
+        first, second = second, first
+    answers = {p['question']: p['answer'] for p in PROBLEMS}
+    begin, mark, end = '<system>Be brief.<|eos|>', '<user>Question: ', 'Question: 0 and 0?\nAnswer:'
+    assert (
+        turns
+        == begin
+        + ''.join(
+            f'{mark}{q}\nAnswer:<|eos|><assistant>{answers[q]}<|eos|>' for q in (first, second)
+        )
+        + f'<user>{end}<|eos|><assistant>'
+    )
+    solved = '\n\nQuestion: '.join(f'{q}\nAnswer: {answers[q]}' for q in (first, second))
+    assert one == f'{begin}{mark}{solved}\n\n{end}<|eos|><assistant>'
+    assert all(asked.rendered for asked in model.asked)
+
+
+def test_a_conversation_needs_a_template(examinee, tmp_path, monkeypatch):
+    parts = (examinee._model, examinee._variables)
+    config = ExamConfig(chat=True)
+    with pytest.raises(InputError, match=r"received one of kind 'byte'\. Ask in plain text"):
+        make_examinee(*parts, BYTES, config)
+    write_pretrained(BYTES, tmp_path / 'published')
+    with pytest.raises(InputError, match='must have a chat template'):
+        make_examinee(*parts, PretrainedTokenizer(tmp_path / 'published'), config)
+    (tmp_path / 'published' / 'chat_template.jinja').write_text('x')
+    monkeypatch.setitem(sys.modules, 'jinja2', None)
+    with pytest.raises(InputError, match="need the extra 'chat'"):
+        make_examinee(*parts, PretrainedTokenizer(tmp_path / 'published'), config)
+    assert make_examinee(*parts, BYTES, ExamConfig()).chat is None
+
+
 def scored_as(log_prob, greedy):
     return types.SimpleNamespace(log_prob=log_prob, is_greedy=greedy)
 
@@ -183,6 +232,7 @@ def test_lm_eval_is_an_extra(monkeypatch):
         (lambda: NeedleConfig((0,)), 'needle.lengths must be positive'),
         (lambda: NeedleConfig((9,), (1.5,)), 'needle.depths must be one or more, from 0 to 1'),
         (lambda: NeedleConfig((9,), keys=1), 'needle.keys must be 2 to 8'),
+        (lambda: ExamConfig(system='Be brief.'), 'exams.system needs exams.chat=True'),
         (lambda: ExamConfig(limit=0), 'exams.limit must be positive'),
         (lambda: ExamConfig(needle=NeedleConfig((4096,))), 'at least the longest of needle'),
     ],

@@ -14,11 +14,14 @@ import pytest
 pytest.importorskip('lm_eval', reason='tasks of lm-eval need the extra eval')
 datasets = pytest.importorskip('datasets', reason='tasks of lm-eval need the extra eval')
 
+from distill.pretrained_tokenizer import PretrainedTokenizer, write_pretrained  # noqa: E402
 from distill.tokenizer import ByteTokenizer  # noqa: E402
 from experiments.exam_config import ExamConfig  # noqa: E402
 from experiments.examinee import Examinee  # noqa: E402
+from experiments.exams import make_examinee  # noqa: E402
 from experiments.harness import harness_model, run_tasks  # noqa: E402
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig  # noqa: E402
+from moe.engine import Engine  # noqa: E402
 from moe.errors import InputError  # noqa: E402
 from moe.transformer import Transformer  # noqa: E402
 
@@ -70,6 +73,10 @@ metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """
 
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+[{{ message.role }}]{{ message.content }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
+
 
 @pytest.fixture(scope='module')
 def model():
@@ -100,7 +107,7 @@ def sit(examinee, tmp_path, monkeypatch):
     for setting in ('HF_DATASETS_OFFLINE', 'HF_HUB_OFFLINE'):
         monkeypatch.setattr(datasets.config, setting, True)
 
-    def sit(task: str, rows: list[dict] | None, **settings):
+    def sit(task: str, rows: list[dict] | None, by: Examinee = examinee, **settings):
         name = task.split()[1]
         data = tmp_path / f'{name}.jsonl'
         if rows is not None:
@@ -109,7 +116,7 @@ def sit(examinee, tmp_path, monkeypatch):
         (tmp_path / 'tasks').mkdir(exist_ok=True)
         (tmp_path / 'tasks' / f'{name}.yaml').write_text(task.strip() + '\n' + COMMON + files)
         config = ExamConfig(tasks=(name,), tasks_path=str(tmp_path / 'tasks'), **settings)
-        return {exam.name: exam for exam in run_tasks(examinee, config, seed=0)}
+        return {exam.name: exam for exam in run_tasks(by, config, seed=0)}
 
     return sit
 
@@ -213,6 +220,61 @@ def test_generation(model, sit):
     rows[1]['answer'] += ' and more'
     exams = sit(WRITING % json.dumps(stop), rows)
     assert exams['local_writing exact_match'].grades.tolist() == [1, 0, 1]
+
+
+@pytest.fixture
+def conversing(model, sit, tmp_path, monkeypatch):
+    """Sits a task in conversations; returns the ids that the model was given, each time."""
+    pytest.importorskip('jinja2', reason='chat templates need the extra chat')
+    write_pretrained(BYTES, tmp_path / 'published')
+    (tmp_path / 'published' / 'chat_template.jinja').write_text(TEMPLATE)
+    ends = {'eos_token_id': [BYTES.eos_id, ord('!')]}
+    (tmp_path / 'published' / 'generation_config.json').write_text(json.dumps(ends))
+    tokenizer = PretrainedTokenizer(tmp_path / 'published')
+    requests, submit = [], Engine.submit
+    pairs, score = [], Examinee.score
+    monkeypatch.setattr(Engine, 'submit', lambda *args: requests.append(args[1]) or submit(*args))
+    monkeypatch.setattr(Examinee, 'score', lambda *args: pairs.extend(args[1]) or score(*args))
+    model = (model[0], model[1], tokenizer)
+
+    def conversing(task: str, rows: list[dict], **settings):
+        config = ExamConfig(chat=True, max_length=256, **settings)
+        sit(task, rows, by=make_examinee(*model, config), chat=True, **settings)
+        return pairs, requests
+
+    return conversing
+
+
+BOS, EOS = [BYTES.bos_id], [BYTES.eos_id]
+
+
+@pytest.mark.parametrize('multiturn', [True, False])
+def test_likelihoods_in_a_conversation(conversing, multiturn):
+    """One example, a description and a system turn; what spells a special token is one."""
+    shown = 'fewshot_config: {sampler: first_n}\nfewshot_split: test\ndescription: Choose.\n'
+    rows = [{'question': 'Up', 'choices': ['so', 'no'], 'gold': 1}, *QUESTIONS[:1]]
+    pairs, _ = conversing(CHOICE + shown, rows, shots=1, system='Be brief.', multiturn=multiturn)
+    begin = [*BOS, *b'[system]Be brief.\n\nChoose.', *EOS, *b'\n']
+    turns = [*b'[user]Up', *EOS, *b'\n[assistant]no', *EOS, *b'\n[user]The cat']
+    asked = turns if multiturn else [*b'[user]Up no\n\nThe cat']
+    context = [*begin, *asked, *EOS, *b'\n[assistant]']
+    assert (context, [*b'sat']) in pairs
+    assert (context, [*b'was on the mat']) in pairs
+
+
+def test_answers_in_a_conversation(conversing):
+    rows = [{'prompt': 'The cat', 'answer': 'x'}]
+    _, requests = conversing(WRITING % '', rows)
+    asked = [*BOS, *b'[user]The cat', *EOS, *b'\n[assistant]']
+    assert list(requests[-1].prompt) == asked
+    assert requests[-1].stop_ids == (BYTES.eos_id, ord('!'))
+    conversing(WRITING % '' + 'gen_prefix: "So: "\n', rows)
+    assert list(requests[-1].prompt) == [*asked, *b'So: ']
+
+
+def test_what_is_scored_whole_is_no_conversation(conversing):
+    pairs, _ = conversing(ROLLING, TEXTS[1:2])
+    assert pairs == [(BOS, [*b'a dog'])]
 
 
 def test_what_is_not_there_is_named(sit, examinee, tmp_path):
