@@ -12,7 +12,8 @@ import pytest
 
 from distill import exam_pictures, pictures
 from distill.load_history import LoadHistory
-from distill.report import render, write_report
+from distill.report import write_report
+from distill.report_page import render
 from distill.routing_maps import RoutingMaps
 
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input'}
