@@ -113,7 +113,26 @@ class ExamConfig:
         if self.tasks_path is not None:
             object.__setattr__(self, 'tasks_path', os.path.expanduser(self.tasks_path))
 
+    def require_asked_of(self, folder: str | None) -> None:
+        """Refuses conversations where no folder with a chat template can come with the models.
+
+        Args:
+            folder: that a study's tokenizer is from; None where it is made from text.
+        """
+        if self.chat and folder is None:
+            raise InputError(
+                'exams.chat=True needs a tokenizer from a folder with a chat template, such as '
+                'that of config.teacher.checkpoint; received config.data.tokenizer alone, which '
+                'has none. Ask in plain text: exams.chat=False.'
+            )
+
     @property
     def any(self) -> bool:
         """Whether there is an exam to sit."""
-        return bool(self.tasks or self.gsm8k.test or self.needle.lengths)
+        return bool(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the exams to sit."""
+        gsm8k = ('gsm8k',) if self.gsm8k.test else ()
+        return (*self.tasks, *gsm8k, *(('needle',) if self.needle.lengths else ()))

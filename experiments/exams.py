@@ -2,18 +2,20 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from distill import gsm8k
 from distill.exams import Exam, exam_summary, graded
+from distill.gsm8k import Problem, read_problems
 from distill.needle import needle
 from distill.tokenizer import Tokenizer
 from experiments.chat_prompts import required_chat
 from experiments.exam_config import ExamConfig, NeedleConfig
 from experiments.examinee import Examinee, Question
-from experiments.harness import run_tasks
+from experiments.harness import require_tasks, run_tasks
 from moe.transformer import Transformer
 
 
@@ -67,6 +69,25 @@ def results(sat: dict[str, Sat], *, seed: int) -> dict[str, Any]:
     return rows
 
 
+def require_sittable(config: ExamConfig, tokenizers: Sequence[Tokenizer]) -> None:
+    """Checks what can be checked before there are models: they may take long to train.
+
+    Args:
+        config: which exams.
+        tokenizers: of the models to be.
+
+    Raises:
+        InputError: for a library, a task, a file or a chat template that is not there.
+    """
+    if config.tasks:
+        require_tasks(config)
+    if config.gsm8k.test is not None:
+        _problems(config, seed=0)
+    if config.chat:
+        for tokenizer in tokenizers:
+            required_chat(tokenizer)
+
+
 def make_examinee(
     model: Transformer, variables: Any, tokenizer: Tokenizer, config: ExamConfig
 ) -> Examinee:
@@ -84,12 +105,7 @@ def make_examinee(
 def _sit_gsm8k(examinee: Examinee, config: ExamConfig, seed: int) -> Exam:
     """Has a model write its answers, each with its likeliest tokens."""
     exam, chat = config.gsm8k, examinee.chat
-    assert exam.test is not None
-    problems = gsm8k.read_problems(exam.test)[: config.limit]
-    examples = []
-    if exam.shots:
-        assert exam.train is not None
-        examples = gsm8k.draw_examples(gsm8k.read_problems(exam.train), exam.shots, seed)
+    problems, examples = _problems(config, seed)
 
     def ask(question: str) -> str:
         if chat is None:
@@ -107,6 +123,17 @@ def _sit_gsm8k(examinee: Examinee, config: ExamConfig, seed: int) -> Exam:
     answers = examinee.write(questions)
     grades = [gsm8k.is_correct(*pair) for pair in zip(answers, problems, strict=True)]
     return graded('gsm8k exact match', grades)
+
+
+def _problems(config: ExamConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Reads the problems that are asked, and the solved examples."""
+    exam = config.gsm8k
+    assert exam.test is not None
+    problems = read_problems(exam.test)[: config.limit]
+    if not exam.shots:
+        return problems, []
+    assert exam.train is not None
+    return problems, gsm8k.draw_examples(read_problems(exam.train), exam.shots, seed)
 
 
 def _sit_needle(

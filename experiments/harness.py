@@ -21,6 +21,16 @@ _RESAMPLES = 2000
 _SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
+def require_tasks(config: ExamConfig) -> None:
+    """Checks that tasks could be sat, but for their data.
+
+    Raises:
+        InputError: where lm-eval is not installed, or a task is unknown.
+    """
+    _library()
+    _manager(config)
+
+
 def run_tasks(examinee: Examinee, config: ExamConfig, *, seed: int) -> list[Exam]:
     """Has a model sit tasks of lm-eval.
 

@@ -24,7 +24,7 @@ from distill.target_stream import TargetStream
 from distill.teacher import CachedTeacher, OnlineTeacher, Teacher
 from experiments.context import Context
 from experiments.evaluation import evaluate_models
-from experiments.exams import make_examinee, results, sit
+from experiments.exams import make_examinee, require_sittable, results, sit
 from experiments.export import export_student
 from experiments.initial import initial_variables, require_source, started_from
 from experiments.loading import unstacked
@@ -60,6 +60,8 @@ def run_stages(context: Context, names: tuple[str, ...]) -> None:
         family_of(context.study.student.model)
     if 'quantise' in names and 'quantise' not in _unneeded(context):
         require_qwix()
+    if 'exams' in names and 'exams' not in _unneeded(context):
+        _require_sittable(context)
     if names == ('targets',) and not context.study.targets.cached:
         raise InputError(
             "--stages=targets needs config.targets.cached=True and a kind of 'top_k' or 'sampled'; "
@@ -274,11 +276,6 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 def exams(context: Context) -> dict[str, Any]:
     """Has all that are here sit the exams that are asked for, one model in memory at a time."""
-    if jax.process_count() > 1:
-        raise InputError(
-            'The stage exams runs in one process; received '
-            f'{jax.process_count()}. Run it by itself: --stages=exams,report.'
-        )
     names = [name for name in ('student', 'control') if name not in _unneeded(context)]
     for name in ('teacher', *names):
         context.workdir.require_result(name, wanted_by='exams')
@@ -286,11 +283,27 @@ def exams(context: Context) -> dict[str, Any]:
         names = ['teacher', *names]
     config, seed, sat = context.study.exams, context.study.seed, {}
     for name in names:
+        print(f'exams: the {name} sits {", ".join(config.names)}', file=sys.stderr)
         model, variables = _trained(context, name)
         model, variables = unstacked(model, variables, context.mesh)
         examinee = make_examinee(model, variables, context.read_by(name)[0], config)
         sat[name] = sit(examinee, config, seed=seed)
     return results(sat, seed=seed)
+
+
+def _require_sittable(context: Context) -> None:
+    """Refuses exams that could not be sat, before anything is trained that should sit them."""
+    if context.workdir.result('exams') is not None:
+        return
+    if jax.process_count() > 1:
+        raise InputError(
+            f'The stage exams runs in one process; received {jax.process_count()}. Leave it out '
+            'of --stages, and run it by itself: --stages=exams,report.'
+        )
+    tokenizers = [context.tokenizer] if context.study.exams.chat else []
+    if tokenizers and context.study.teacher.source != 'remote':
+        tokenizers.append(context.teacher_tokenizer)
+    require_sittable(context.study.exams, tokenizers)
 
 
 def report(context: Context) -> dict[str, Any]:

@@ -160,6 +160,7 @@ class StudyConfig:
                     'whose weights are here, or leave the rollout out.'
                 )
         self._require_features()
+        self.exams.require_asked_of(self.tokenizer_source[1] or self.teacher.remote.tokenizer)
         if self.evaluate.weights:
             matrix_shapes(Transformer(self.student.model))
         if self.quantise is not None:

@@ -72,6 +72,14 @@ OVERRIDES = {
         ('--config.teacher.checkpoint=/nowhere/teacher',),
         ("source='checkpoint'", "source='train'"),
     ),
+    'conversation without a template': (
+        ('--config.exams.chat=True',),
+        ('exams.chat=True needs a tokenizer from a folder', 'exams.chat=False'),
+    ),
+    'exam that is not there': (
+        ('--config.exams.gsm8k.test=/nowhere/test.jsonl', '--config.exams.gsm8k.shots=0'),
+        ('/nowhere/test.jsonl must be a .jsonl file', 'no such file'),
+    ),
     'price of no chip': (('--config.evaluate.chip=abacus',), ("'abacus'", 'choose from')),
     'seed': (('--config.seed=-1',), ('seed', '-1')),
 }

@@ -17,7 +17,7 @@ from distill.tokenizer import ByteTokenizer
 from experiments.chat_prompts import required_chat
 from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
 from experiments.examinee import Examinee, Question
-from experiments.exams import make_examinee, results, sit
+from experiments.exams import make_examinee, require_sittable, results, sit
 from experiments.harness import run_tasks
 from experiments.loading import load_stage
 from moe.decode import write
@@ -222,6 +222,19 @@ def test_lm_eval_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
     with pytest.raises(InputError, match=r"the extra 'eval': pip install 'fractional\[eval\]'"):
         run_tasks(Scripted(), ExamConfig(tasks=('arc_easy',)), seed=0)
+    with pytest.raises(InputError, match="the extra 'eval'"):
+        require_sittable(ExamConfig(tasks=('arc_easy',)), ())
+
+
+def test_what_is_not_there_is_found_out_before_training(files, tmp_path):
+    test, train = files
+    require_sittable(ExamConfig(gsm8k=GSM8KConfig(test, train, shots=2)), ())
+    with pytest.raises(InputError, match='3 solved examples are asked for'):
+        require_sittable(ExamConfig(gsm8k=GSM8KConfig(test, train, shots=3)), ())
+    with pytest.raises(InputError, match='there is no such file'):
+        require_sittable(ExamConfig(gsm8k=GSM8KConfig(str(tmp_path / 'nowhere'), shots=0)), ())
+    with pytest.raises(InputError, match='A conversation needs the tokenizer'):
+        require_sittable(ExamConfig(chat=True), (BYTES,))
 
 
 @pytest.mark.parametrize(
@@ -245,5 +258,7 @@ def test_an_exam_that_cannot_be_is_refused(make, message):
 
 def test_no_exam_is_sat_unless_asked_for():
     assert not ExamConfig().any
-    assert ExamConfig(tasks=('x',)).any
+    asked = ExamConfig(('x',), gsm8k=GSM8KConfig('y', shots=0), needle=NeedleConfig((9,)))
+    assert asked.any
+    assert asked.names == ('x', 'gsm8k', 'needle')
     assert results({}, seed=0) == {'exams': {}}

@@ -4,6 +4,7 @@ lm-eval needs no torch; it stands here because its dependencies are many.
 """
 
 import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -20,12 +21,14 @@ from experiments.exam_config import ExamConfig  # noqa: E402
 from experiments.examinee import Examinee  # noqa: E402
 from experiments.exams import make_examinee  # noqa: E402
 from experiments.harness import harness_model, run_tasks  # noqa: E402
+from experiments.tasks.python_endings import questions  # noqa: E402
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig  # noqa: E402
 from moe.engine import Engine  # noqa: E402
 from moe.errors import InputError  # noqa: E402
 from moe.transformer import Transformer  # noqa: E402
 
 BYTES = ByteTokenizer()
+TASKS = pathlib.Path(__file__).parents[2] / 'experiments' / 'tasks'
 CONFIG = TransformerConfig(
     vocab_size=BYTES.vocab_size,
     num_layers=2,
@@ -275,6 +278,21 @@ def test_answers_in_a_conversation(conversing):
 def test_what_is_scored_whole_is_no_conversation(conversing):
     pairs, _ = conversing(ROLLING, TEXTS[1:2])
     assert pairs == [(BOS, [*b'a dog'])]
+
+
+def test_the_task_that_needs_no_data(model, examinee):
+    """Its questions differ, and have one right ending each, which a forward pass judges alike."""
+    asked = questions(count=400, seed=0)['test'].to_list()
+    assert asked == questions(count=400, seed=0)['test'].to_list()
+    assert len({one['text'] for one in asked}) == 400
+    assert {one['choices'][one['gold']] for one in asked} >= {':\n', ']\n', ')\n', ' as'}
+    assert len({one['gold'] for one in asked}) == 4
+    config = ExamConfig(('python_endings',), str(TASKS), limit=4)
+    (exam,) = run_tasks(examinee, config, seed=0)
+    asked = asked[:4]
+    scores = [[likelihood(model, one['text'], c)[0] for c in one['choices']] for one in asked]
+    wanted = [np.argmax(row) == one['gold'] for row, one in zip(scores, asked, strict=True)]
+    assert (exam.name, exam.grades.tolist()) == ('python_endings acc', wanted)
 
 
 def test_what_is_not_there_is_named(sit, examinee, tmp_path):
