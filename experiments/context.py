@@ -2,15 +2,10 @@
 
 import dataclasses
 import functools
-import hashlib
-import itertools
 import pathlib
-import sys
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from distill import distributed
@@ -24,14 +19,12 @@ from distill.data import (
     fingerprint,
 )
 from distill.growing import GrowingPipeline
-from distill.logs import Ledger, Logs
 from distill.pretrained_tokenizer import PretrainedTokenizer
 from distill.rollout import Rollout
-from distill.sources import Document, read_documents, split_documents
 from distill.target_stream import Pipeline
 from distill.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_or_load
 from distill.types import Batch
-from experiments.filters import load_filter
+from experiments.documents import Documents
 from experiments.fit import require_fit
 from experiments.identity import model_identity
 from experiments.panel_config import FurtherTeacherConfig
@@ -41,12 +34,12 @@ from experiments.teacher_config import TeacherConfig
 from experiments.teacher_mesh import make_meshes
 from experiments.tokenizers import folder_tokenizer
 from experiments.workdir import Workdir
+from experiments.writer_first import writer_first
 from moe.config import TransformerConfig
 from moe.errors import InputError
 from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
-T = TypeVar('T')
 Saved = TypeVar('Saved', bound=Tokenizer)
 
 
@@ -74,6 +67,9 @@ class Context:
         self.mesh, self.teacher_mesh = make_meshes(self.study.mesh, self.study.teacher.mesh)
         require_fit(self.study, self.mesh, self.teacher_mesh)
         self.workdir = Workdir(workdir, config, writer=distributed.is_writer())
+        self.documents = Documents(
+            self.study.data, self.study.seed, self.workdir.path, self.study.more_teachers or ()
+        )
         self.values: dict[str, Any] = config.to_dict()
         self.command = command
         self.stop = stop
@@ -83,26 +79,6 @@ class Context:
         """A model on this study's mesh, or another; on one device it needs none."""
         mesh = mesh or self.mesh
         return Transformer(config, mesh if mesh.size > 1 else None)
-
-    @functools.cached_property
-    def split(self) -> tuple[list[Document], list[Document]]:
-        """Train and held-out documents."""
-        data = self.study.data
-        if self.ledger is None:
-            found = read_documents(data.source, field=data.field)
-        else:
-            found = self._logged(0)
-        documents = _limited(found, data.max_bytes)
-        if len(documents) < len(found) and distributed.is_writer():
-            print(
-                f'text: {len(documents)} of {len(found)} documents are used, within '
-                f'data.max_bytes={data.max_bytes}',
-                file=sys.stderr,
-            )
-        if data.held_out_source is None:
-            return split_documents(documents, data.held_out_fraction, self.study.seed)
-        held_out = read_documents(data.held_out_source, field=data.held_out_field or data.field)
-        return _without(documents, held_out), held_out
 
     @property
     def teacher_folder(self) -> pathlib.Path:
@@ -115,53 +91,17 @@ class Context:
         own = teacher.checkpoint
         return self.teacher_folder if own is None else pathlib.Path(own)
 
-    @functools.cached_property
-    def ledger(self) -> Ledger | None:
-        """The epochs of a folder of logs; None for text of another source."""
-        data = self.study.data
-        folder, file = pathlib.Path(data.source).expanduser(), self.workdir.path / 'ledger.json'
-        if folder.is_dir() and (file.exists() or any(folder.glob('*.jsonl'))):
-            keep, name = (None, None) if data.filter is None else load_filter(data.filter)
-            logs = Logs(str(folder), data.field, data.allow_unlicensed, keep, name)
-            return Ledger(file, logs)
-        if data.filter is not None or data.allow_unlicensed:
-            raise InputError(
-                'data.filter and data.allow_unlicensed are for a folder of .jsonl logs; received '
-                f'data.source={data.source!r}. Name the folder, or leave them out.'
-            )
-        return None
-
-    def _logged(self, epoch: int) -> list[Document]:
-        """The logs of an epoch; the first process to ask for a new one fixes what it is."""
-        assert self.ledger is not None
-        read = functools.partial(self.ledger.documents, epoch, write=distributed.is_writer())
-        documents = _writer_first(read, f'logs of epoch {epoch}')
-        known = self.ledger.epoch(epoch)
-        if distributed.is_writer() and (known.unlicensed or known.filtered):
-            print(
-                f'logs of epoch {epoch}: {known.unlicensed} rows without a licence and '
-                f'{known.filtered} that the filter refused are left out',
-                file=sys.stderr,
-            )
-        return documents
-
-    def epoch_documents(self, epoch: int) -> list[Document]:
-        """What is trained on in an epoch: all that was held out at first stays held out."""
-        if self.ledger is None or epoch == 0:
-            return self.split[0]
-        return _without(_limited(self._logged(epoch), self.study.data.max_bytes), self.split[1])
-
     def _epoch_corpus(self, epoch: int) -> TokenCorpus:
-        documents, tokenizer = self.epoch_documents(epoch), self.tokenizer
+        documents, tokenizer = self.documents.of_epoch(epoch), self.tokenizer
         folder = self.workdir.path / 'tokens'
-        corpus = _writer_first(
+        corpus = writer_first(
             lambda: load_or_tokenize(folder, documents, tokenizer), f'tokens of epoch {epoch}'
         )
-        corpus = dataclasses.replace(corpus, routes=self._routes(documents))
+        corpus = dataclasses.replace(corpus, routes=self.documents.routes(documents))
         across = self.study.student.cross_tokenizer
         if across is None:
             return corpus
-        other = _writer_first(
+        other = writer_first(
             lambda: load_or_tokenize(folder, documents, self.teacher_tokenizer),
             f"the teacher's tokens of epoch {epoch}",
         )
@@ -172,21 +112,6 @@ class Context:
             (tokenizer, self.teacher_tokenizer),
             row_lengths=(length, across.teacher_seq_len or 2 * length),
         )
-
-    def _routes(self, documents: list[Document]) -> np.ndarray | None:
-        """The number of each document's teacher, where a field of the data names it."""
-        data = self.study.data
-        if data.route_field is None:
-            return None
-        if self.ledger is not None:
-            raise InputError(
-                'data.route_field is for a source that does not grow; received the folder of logs '
-                f'{data.source!r}. Name its files with a glob, or leave the field out.'
-            )
-        named = read_documents(data.source, field=data.route_field)
-        names = {document.name: document.text.strip() for document in named}
-        numbers = {name: i for i, name in enumerate(self.study.more_teachers or {}, start=1)}
-        return np.array([numbers.get(names.get(doc.name, ''), 0) for doc in documents], np.int64)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -199,16 +124,16 @@ class Context:
         source, checkpoint = self.study.tokenizer_source
         if source == 'hf':
             published = _published(str(checkpoint), self.study.vocab_size)
-            return _writer_first(lambda: _saved(published, folder), 'tokenizer')
+            return writer_first(lambda: _saved(published, folder), 'tokenizer')
         if teacher.source == 'remote' and teacher.remote.tokenizer is not None:
             own = folder_tokenizer(teacher.remote.tokenizer)
-            return _writer_first(lambda: _saved(own, folder), 'tokenizer')
+            return writer_first(lambda: _saved(own, folder), 'tokenizer')
         if checkpoint is not None:
             return load_tokenizer(pathlib.Path(checkpoint).parent / 'tokenizer')
         if data.tokenizer == 'byte':
-            return _writer_first(lambda: _saved(ByteTokenizer(), folder), 'tokenizer')
-        texts = [document.text for document in self.split[0]]
-        return _writer_first(lambda: train_or_load(folder, texts, data.vocab_size), 'tokenizer')
+            return writer_first(lambda: _saved(ByteTokenizer(), folder), 'tokenizer')
+        texts = [document.text for document in self.documents.split[0]]
+        return writer_first(lambda: train_or_load(folder, texts, data.vocab_size), 'tokenizer')
 
     @functools.cached_property
     def teacher_tokenizer(self) -> Tokenizer:
@@ -243,7 +168,7 @@ class Context:
     def _held_out(self, tokenizer: Tokenizer) -> EvaluationSet:
         data = self.study.data
         return evaluation_rows(
-            self.split[1], tokenizer, data.seq_len, max_documents=data.held_out_documents
+            self.documents.split[1], tokenizer, data.seq_len, max_documents=data.held_out_documents
         )
 
     @property
@@ -271,7 +196,7 @@ class Context:
         share: Any = {'process_index': index, 'process_count': count}
         # Bad text is found out here, not at the first batch.
         corpus = self.corpus
-        if self.ledger is not None:
+        if self.documents.ledger is not None:
             return GrowingPipeline(self._epoch_corpus, self.batches, **share)
         return TrainPipeline(corpus, self.batches, **share)
 
@@ -284,35 +209,6 @@ class Context:
         """What a checkpoint of a student, or of a teacher, must agree with to be used here."""
         tokenizer = self.teacher_tokenizer if teacher else self.tokenizer
         return {'model': model_identity(config), 'tokenizer': tokenizer.fingerprint}
-
-
-def _without(documents: list[Document], held_out: list[Document]) -> list[Document]:
-    """Leaves out the text that is held out."""
-    texts = {document.text for document in held_out}
-    kept = [document for document in documents if document.text not in texts]
-    if not kept:
-        raise InputError(
-            f'data.source must hold text besides what is held out; all of its {len(documents)} '
-            'documents are in data.held_out_source. Name another.'
-        )
-    return kept
-
-
-def _limited(documents: list[Document], max_bytes: int) -> list[Document]:
-    """Keeps whole documents, chosen by a hash of their text, up to `max_bytes` of UTF-8."""
-    ranked = sorted(
-        range(len(documents)),
-        key=lambda index: hashlib.sha256(documents[index].text.encode()).digest(),
-    )
-    sizes = (len(documents[index].text.encode()) for index in ranked)
-    behind = itertools.accumulate(sizes)
-    kept = {index for index, size in zip(ranked, behind, strict=True) if size <= max_bytes}
-    if documents and len(kept) < 2 <= len(documents):
-        raise InputError(
-            f'data.max_bytes must leave room for 2 documents at least; received {max_bytes}, which '
-            f'{len(kept)} of {len(documents)} fit in. Raise it, or cut the text into smaller files.'
-        )
-    return [document for index, document in enumerate(documents) if index in kept]
 
 
 def require_room(ids: int, vocab_size: int, where: str) -> None:
@@ -337,10 +233,3 @@ def _saved(tokenizer: Saved, folder: pathlib.Path) -> Saved:
     if not folder.exists():
         tokenizer.save(folder)
     return tokenizer
-
-
-def _writer_first(make: Callable[[], T], name: str) -> T:
-    """Lets one process write what the others then read; `make` must reach no barrier."""
-    made = make() if distributed.is_writer() else None
-    distributed.barrier(name)
-    return make() if made is None else made

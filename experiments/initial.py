@@ -63,7 +63,7 @@ def require_source(context: Context) -> None:
         return
     if init.source == 'checkpoint':
         folder = pathlib.Path(init.checkpoint)
-        refuse_seen(folder, context.split[1], key='config.student.init.checkpoint')
+        refuse_seen(folder, context.documents.split[1], key='config.student.init.checkpoint')
     source = _source(context)
     saved = source.tokenizer()
     if saved != context.tokenizer.fingerprint:

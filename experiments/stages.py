@@ -251,7 +251,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     names = [name for name in ('student', 'control') if context.workdir.result(name) is not None]
     for name in ('teacher', *names):
         if is_recorded(context.workdir.path / name):
-            refuse_seen(context.workdir.path / name, context.split[1], key='--workdir')
+            refuse_seen(context.workdir.path / name, context.documents.split[1], key='--workdir')
     student_model = context.model(context.study.student.model)
     students = {name: (student_model, _load(context, name, student_model)) for name in names}
     remote = context.study.teacher.source == 'remote'
@@ -402,10 +402,10 @@ def _train(
         place=ship,
     )
     if distributed.is_writer():
-        record_seen(run.folder, context.split[0])
+        record_seen(run.folder, context.documents.split[0])
     result = train_model(run, stream, context.stop)
-    if context.ledger is not None:
-        seen = context.epoch_documents(len(context.ledger) - 1)
+    if context.documents.ledger is not None:
+        seen = context.documents.of_epoch(len(context.documents.ledger) - 1)
         if distributed.is_writer():
             record_seen(run.folder, seen)
     return result | ({} if start is None else {'start': start})

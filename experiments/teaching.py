@@ -53,7 +53,7 @@ def load_teacher(
         return model, load_model(folder, model, context.mesh, context.identity(model.config))
     trained = context.model(config.model, mesh)
     if config.checkpoint is not None:
-        refuse_seen(folder, context.split[1], key='config.teacher.checkpoint')
+        refuse_seen(folder, context.documents.split[1], key='config.teacher.checkpoint')
     identity = context.identity(trained.config, teacher=True)
     variables = load_model(folder / 'model', trained, mesh, identity)
     frozen = dataclasses.replace(config.model, dtype=config.dtype, param_dtype=config.dtype)

@@ -38,7 +38,7 @@ class WrittenScores:
         source = pathlib.Path(context.study.data.source).expanduser()
         file = source.with_name(LEDGER)
         listed = context.study.teacher.remote.top_log_probs
-        if context.ledger is not None or not file.is_file():
+        if context.documents.ledger is not None or not file.is_file():
             raise InputError(
                 "config.teacher.remote.scoring='written' needs config.data.source to be the "
                 f'texts.jsonl that experiments.remote wrote, beside its {LEDGER}; received '
@@ -53,7 +53,7 @@ class WrittenScores:
         self._k = k
         self._table = names.table
         self._ledger = AnswerLedger(file, Texts(context.study, []).terms())
-        self._documents = context.epoch_documents(0)
+        self._documents = context.documents.of_epoch(0)
         self._answers = self._written(source)
         self._of_document = functools.lru_cache(maxsize=_CACHED)(self._rows)
 

@@ -25,7 +25,7 @@ def texts(tmp_path, trained, held_out, **settings):
     config.data.update(settings)
     stop = types.SimpleNamespace(agreed=lambda step: False)
     context = Context(config, str(tmp_path / 'run'), command='test', stop=stop)
-    return [[document.text for document in side] for side in context.split]
+    return [[document.text for document in side] for side in context.documents.split]
 
 
 def test_all_of_it_is_held_out_and_none_is_trained_on(tmp_path):

@@ -338,7 +338,7 @@ def test_what_came_with_the_texts_are_targets_of_them(proxy, reference, tmp_path
     run_stages(ours, ('teacher', 'targets'))
     assert len(proxy.asked) == asked
     written = CachedTargets(tmp_path / 'other' / 'targets', {})
-    documents = [document.text for document in ours.split[0]]
+    documents = [document.text for document in ours.documents.split[0]]
     pipeline, found = ours.pipeline(), 0
     for _ in range(2):
         batch = next(pipeline)
