@@ -6,7 +6,7 @@ To add one, write its table beside the others and name it here; `moe.convert` do
 from moe.families.deepseek import DEEPSEEK_V3
 from moe.families.dense import LLAMA, QWEN2, QWEN3
 from moe.families.family import Family, Limit, Tensor
-from moe.families.gemma import GEMMA2, GEMMA3
+from moe.families.gemma import GEMMA, GEMMA2, GEMMA3
 from moe.families.gpt_oss import GPT_OSS
 from moe.families.softmax_experts import MIXTRAL, OLMOE, QWEN3_MOE
 
@@ -15,6 +15,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     QWEN2,
     QWEN3,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     MIXTRAL,

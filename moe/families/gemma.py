@@ -1,4 +1,4 @@
-"""Gemma 2 and the text part of Gemma 3: norms around every part, soft caps, local layers."""
+"""Gemma, and Gemma 2 and the text part of 3: norms around every part, soft caps, local layers."""
 
 import functools
 from typing import Any
@@ -8,6 +8,7 @@ from moe.families.common import (
     ATTENTION,
     EVEN_WIDTH,
     MLP,
+    NORMS,
     first,
     layer_types,
     pattern,
@@ -25,10 +26,21 @@ _OWN = {
     'activation': 'gelu',
     'norm_unit_offset': True,
     'norm_scale_float32': True,
-    'post_norms': True,
     'scale_embedding': True,
 }
 _SLIDING, _FULL = 'sliding_attention', 'full_attention'
+
+
+def _read_gemma(fields: Fields) -> TransformerConfig:
+    """The first files say 'gelu' and mean its approximation by tanh."""
+    fields.require('use_bidirectional_attention', False)
+    fields.require('hidden_act', _GELU, 'gelu')
+    base = read_base(Fields({**fields.values, 'hidden_act': _GELU}, fields.file), _GELU)
+    base['tie_embeddings'] = fields.get('tie_word_embeddings', default=True)
+    fields.get('head_dim')
+    bias = fields.get('attention_bias', default=False)
+    attention = read_attention(fields, qkv_bias=bias, output_bias=bias)
+    return TransformerConfig(**base, **_OWN, attention=attention)
 
 
 def _read(
@@ -56,6 +68,7 @@ def _read(
     return TransformerConfig(
         **base,
         **_OWN,
+        post_norms=True,
         logit_soft_cap=_cap(fields, 'final_logit_softcapping', caps[1]),
         attention=pattern(kinds),
     )
@@ -88,21 +101,28 @@ def _read_gemma3(fields: Fields) -> TransformerConfig:
     )
 
 
+def _write_gemma(config: TransformerConfig) -> dict[str, Any]:
+    attention: AttentionConfig = first(config.attention_layers, sliding=False)
+    return {
+        **write_base(config, _GELU),
+        **write_attention(attention),
+        'hidden_activation': _GELU,
+        'attention_bias': attention.output_bias,
+        'use_bidirectional_attention': False,
+    }
+
+
 def _write_gemma2(config: TransformerConfig) -> dict[str, Any]:
     full = first(config.attention_layers, sliding=False)
     scale = full.score_scale
     return {
-        **write_base(config, _GELU),
-        **write_attention(full),
-        'hidden_activation': _GELU,
-        'attention_bias': full.output_bias,
+        **_write_gemma(config),
         'query_pre_attn_scalar': round(scale**-2),
         'attn_logit_softcapping': full.soft_cap,
         'final_logit_softcapping': config.logit_soft_cap,
         # Read, and of no layer, where none has a window.
         'sliding_window': first(config.attention_layers, sliding=True).window or 4096,
         'layer_types': layer_types(config),
-        'use_bidirectional_attention': False,
     }
 
 
@@ -130,6 +150,14 @@ _LAYER = (
     *MLP,
 )
 
+GEMMA = Family(
+    model_type='gemma',
+    architecture='GemmaForCausalLM',
+    read=_read_gemma,
+    write=_write_gemma,
+    layer=(*NORMS, *ATTENTION, *MLP),
+    limits=(EVEN_WIDTH,),
+)
 GEMMA2 = Family(
     model_type='gemma2',
     architecture='Gemma2ForCausalLM',

@@ -103,6 +103,13 @@ MODELS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             'biases': {'head_dim': 6, 'attention_bias': True, 'hidden_size': 20},
         },
     ),
+    'gemma': (
+        'Gemma',
+        {
+            'tied': {'head_dim': 8, 'num_key_value_heads': 1},
+            'biases': {'head_dim': 10, 'attention_bias': True},
+        },
+    ),
     'gemma2': (
         'Gemma2',
         {

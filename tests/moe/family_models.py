@@ -36,13 +36,13 @@ def both_biases(**fields: Any) -> AttentionConfig:
     return grouped(qkv_bias=True, output_bias=True, **fields)
 
 
-def gemma(*kinds: AttentionConfig, **fields: Any) -> TransformerConfig:
+def gemma(*kinds: AttentionConfig, post_norms: bool = True, **fields: Any) -> TransformerConfig:
     return model(
         kinds,
         activation='gelu',
         norm_unit_offset=True,
         norm_scale_float32=True,
-        post_norms=True,
+        post_norms=post_norms,
         scale_embedding=True,
         tie_embeddings=True,
         **fields,
@@ -70,6 +70,7 @@ MODELS: dict[str, tuple[str, TransformerConfig]] = {
         model((grouped(qkv_bias=True), grouped(qkv_bias=True), grouped(qkv_bias=True, window=4))),
     ),
     'qwen3': ('qwen3', model(both_biases(qk_norm='head', rope_scaling=YARN))),
+    'gemma': ('gemma', gemma(both_biases(), post_norms=False)),
     'gemma2': (
         'gemma2',
         gemma(

@@ -296,6 +296,19 @@ def published(**values: Any) -> dict[str, Any]:
     } | values
 
 
+def test_the_first_gemma_says_gelu_and_means_its_approximation(tmp_path: Path) -> None:
+    values = published(model_type='gemma', head_dim=8)
+    read = []
+    for spelling in ('gelu', 'gelu_pytorch_tanh'):
+        (tmp_path / 'config.json').write_text(json.dumps(values | {'hidden_act': spelling}))
+        read.append(moe.pretrained_config(tmp_path))
+    assert read[0] == read[1]
+    assert (read[0].activation, read[0].post_norms, read[0].tie_embeddings) == ('gelu', False, True)
+    (tmp_path / 'config.json').write_text(json.dumps(values | {'hidden_act': 'relu'}))
+    with pytest.raises(InputError, match="hidden_act must be 'gelu_pytorch_tanh' or 'gelu'"):
+        moe.pretrained_config(tmp_path)
+
+
 def test_both_spellings_of_experts_and_positions(tmp_path: Path) -> None:
     common = published(model_type='qwen3_moe', head_dim=8, moe_intermediate_size=16)
     common |= {'num_experts_per_tok': 2, 'norm_topk_prob': True}
