@@ -2,7 +2,7 @@
 
     forward: W' = dequantize(quantize(W)),    backward: dL/dW = dL/dW'
 
-The matrices are those that `moe.quantised.quantise` rounds, to the same numbers; the optimizer
+The matrices are those that `moe.quantising.quantise` rounds, to the same numbers; the optimizer
 keeps and moves the floats. qwix is the extra `quant`.
 
 Source: straight-through estimator, arXiv 1308.3432, section 4. No number is outside of the range
@@ -11,7 +11,6 @@ that its scale is taken from, so no gradient is clipped.
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe.errors import InputError
-from moe.quantised import FORMATS, Format, Matrix, Weights, matrix_shapes
+from moe.quantised import FORMATS, Format, Matrix, Weights
+from moe.quantising import matrix_shapes
 from moe.transformer import Transformer
 
 Params = Mapping[str, Any]
@@ -53,7 +53,7 @@ def straight_through(model: Transformer, weights: Weights) -> Callable[[Params],
     def _one(leaf: Any, matrix: Any) -> Any:
         if isinstance(matrix, Matrix):
             form = FORMATS[weights][matrix.kind]
-            return _through(functools.partial(_rounded, qwix, form, matrix.floats.shape), leaf)
+            return _through(functools.partial(_rounded, qwix, form, matrix), leaf)
         return leaf if matrix is None else _over(leaf, matrix)
 
     return seen
@@ -71,13 +71,14 @@ def require_qwix() -> Any:
 
 
 def _rounded(
-    qwix: Any, form: Format, shape: tuple[int, ...], kernel: Float[Array, '*kernel']
+    qwix: Any, form: Format, matrix: Matrix, kernel: Float[Array, '*kernel']
 ) -> Float[Array, '*kernel']:
-    """Rounds a kernel [*batch, *inputs, *outputs] of the shape [*batch, outputs, inputs]."""
-    inputs = _input_axes(kernel.shape, len(shape) - 2, shape[-1])
+    """Rounds a kernel [*batch, *inputs, *outputs] that `matrix` stands for."""
+    inputs = range(matrix.batch_axes, kernel.ndim - matrix.outputs)
     others = tuple(axis for axis in range(kernel.ndim) if axis not in inputs)
-    size = form.group_size(shape[-1])
-    tiles = {} if size == shape[-1] else {inputs[-1]: size}
+    count = matrix.floats.shape[-1]
+    size = form.group_size(count)
+    tiles = {} if size == count else {inputs[-1]: size}
     narrow = qwix.quantize(
         kernel.astype(jnp.float32),
         jnp.dtype(form.dtype),
@@ -85,12 +86,6 @@ def _rounded(
         tiled_axes=tiles,
     )
     return qwix.dequantize(narrow).astype(kernel.dtype)
-
-
-def _input_axes(shape: tuple[int, ...], first: int, inputs: int) -> tuple[int, ...]:
-    """Finds the axes from `first` on that the inputs stand for."""
-    last = next(n for n in range(first + 1, len(shape) + 1) if math.prod(shape[first:n]) == inputs)
-    return tuple(range(first, last))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -15,7 +15,7 @@ from distill.timing import interleaved_medians
 from moe.accounting import parameter_report
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.decode import write
-from moe.quantised import quantise
+from moe.quantising import quantise
 from moe.sampling import Sampling
 from moe.transformer import Transformer
 

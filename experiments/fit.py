@@ -42,8 +42,8 @@ def require_fit(study: StudyConfig, mesh: Mesh, teacher_mesh: Mesh | None = None
             )
     if study.evaluate.weights and mesh.size > 1:
         raise InputError(
-            'config.evaluate.weights are measured on one device, as quantised matrices are '
-            f'multiplied; the mesh has {mesh.size}. Leave them out, or set config.mesh.data=1.'
+            'config.evaluate.weights are measured on one device, where one text is written at a '
+            f'time; the mesh has {mesh.size}. Leave them out, or set config.mesh.data=1.'
         )
     teacher_mesh = mesh if teacher_mesh is None else teacher_mesh
     size //= parts or 1

@@ -20,7 +20,8 @@ from experiments.workdir import read_json
 from moe.config import DType, TransformerConfig
 from moe.convert import load_pretrained
 from moe.errors import InputError
-from moe.quantised import Weights, quantise
+from moe.quantised import Weights
+from moe.quantising import quantise
 from moe.sharding import MeshConfig, make_mesh, variable_shardings
 from moe.transformer import Transformer
 from moe.unstacked import relaid, unrolled
@@ -34,16 +35,11 @@ def load_model_of(
     See `load_stage`, `load_published` and `experiments.quantised_folder.load_quantised`.
 
     Raises:
-        InputError: as those, and where a quantised one is to be split over devices.
+        InputError: as those.
     """
     folder = pathlib.Path(checkpoint).expanduser().absolute()
     if is_quantised(folder):
-        if mesh is not None:
-            raise InputError(
-                f'{folder} holds quantised matrices, which are multiplied on one device. Leave out '
-                '--data and --tensor, or load the checkpoint that it was made of.'
-            )
-        return load_quantised(folder, dtype=dtype)
+        return load_quantised(folder, mesh=mesh, dtype=dtype)
     published = (folder / 'config.json').is_file() and any(folder.glob('*.safetensors'))
     return (load_published if published else load_stage)(folder, mesh=mesh, dtype=dtype)
 
@@ -122,7 +118,7 @@ def with_weights(loaded: Loaded, weights: Weights) -> Loaded:
     """Quantises a model's matrices; its floats are given up.
 
     Raises:
-        InputError: where it is on several devices, or quantised to something else.
+        InputError: where it is quantised to something else, or a mesh splits what shares a scale.
     """
     if loaded.weights == weights:
         return loaded

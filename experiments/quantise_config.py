@@ -8,7 +8,8 @@ from distill.objective import Objective, Term
 from distill.optimizer import OptimizerConfig, learning_rate_schedule
 from distill.schedules import Schedule
 from moe.config import TransformerConfig
-from moe.quantised import Weights, matrix_shapes
+from moe.quantised import Weights
+from moe.quantising import matrix_shapes
 from moe.transformer import Transformer
 
 

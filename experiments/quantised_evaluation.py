@@ -15,7 +15,8 @@ from distill.timing import interleaved_medians
 from experiments.context import Context
 from experiments.loading import unstacked
 from moe.decode import write
-from moe.quantised import Weights, quantise
+from moe.quantised import Weights
+from moe.quantising import quantise
 from moe.sampling import Sampling
 from moe.transformer import Transformer
 from moe.weights.tree_file import save_tree

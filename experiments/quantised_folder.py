@@ -21,8 +21,8 @@ from experiments.loaded import Loaded
 from experiments.workdir import read_json, write_json
 from moe.config import TransformerConfig
 from moe.errors import InputError
-from moe.quantised import quantise
-from moe.sharding import abstract_variables
+from moe.quantising import quantise, quantised_shardings
+from moe.sharding import MeshConfig, abstract_variables, make_mesh
 from moe.transformer import Transformer
 from moe.weights.tree_file import load_tree, save_tree
 
@@ -34,7 +34,7 @@ def save_quantised(folder: pathlib.Path, loaded: Loaded) -> None:
 
     Args:
         folder: that is not there yet, or empty; it is made whole or not at all.
-        loaded: the model, on one device.
+        loaded: the model, on the devices of this process.
     """
     config = loaded.model.config
     record = {
@@ -58,16 +58,19 @@ def is_quantised(folder: pathlib.Path) -> bool:
     return (folder / RECORD).is_file()
 
 
-def load_quantised(folder: pathlib.Path, *, dtype: str | None = None) -> Loaded:
-    """Loads what `save_quantised` wrote, onto one device.
+def load_quantised(
+    folder: pathlib.Path, *, mesh: MeshConfig | None = None, dtype: str | None = None
+) -> Loaded:
+    """Loads what `save_quantised` wrote.
 
     Args:
         folder: of the model.
+        mesh: of all devices; None for one of them.
         dtype: to compute in; None for that of the model that was quantised.
 
     Raises:
         InputError: where a file is damaged, or arrays are not those of the architecture: all are
-            named.
+            named; or where the mesh does not divide one.
     """
     complete = (folder / MANIFEST).is_file()
     damage = damaged_files(folder) if complete else [f'{MANIFEST}: missing']
@@ -80,7 +83,8 @@ def load_quantised(folder: pathlib.Path, *, dtype: str | None = None) -> Loaded:
     record: dict[str, Any] = read_json(folder / RECORD)
     dtypes = {'dtype': dtype or record['dtype'], 'param_dtype': record['param_dtype']}
     values = record['model'] | dtypes
-    model = Transformer(build(TransformerConfig, values, f'{folder / RECORD}: model'))
+    config = build(TransformerConfig, values, f'{folder / RECORD}: model')
+    model = Transformer(config, None if mesh is None else make_mesh(mesh))
     tokenizer = load_tokenizer(folder / 'tokenizer')
     if tokenizer.fingerprint != record['tokenizer']:
         raise InputError(f'{folder / "tokenizer"} must be that of the model; it is another.')
@@ -88,10 +92,11 @@ def load_quantised(folder: pathlib.Path, *, dtype: str | None = None) -> Loaded:
         functools.partial(quantise, model, weights=record['weights']),
         {'routing': {}} | abstract_variables(model),
     )
+    shardings = None if mesh is None else quantised_shardings(model, record['weights'])
     return Loaded(
         name=record['name'],
         model=model,
-        variables=load_tree(folder / ARRAYS, shapes),
+        variables=load_tree(folder / ARRAYS, shapes, shardings),
         tokenizer=tokenizer,
         sha256=manifest_sha256(folder),
         published=folder / 'tokenizer' if tokenizer.kind == 'pretrained' else None,

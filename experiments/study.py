@@ -27,7 +27,8 @@ from experiments.text_config import TextConfig
 from experiments.tokenizers import folder_tokenizer
 from moe.config import require
 from moe.errors import InputError
-from moe.quantised import Weights, matrix_shapes
+from moe.quantised import Weights
+from moe.quantising import matrix_shapes
 from moe.sharding import MeshConfig
 from moe.transformer import Transformer
 

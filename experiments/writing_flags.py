@@ -20,14 +20,16 @@ MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
 DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)
 WEIGHTS = flags.DEFINE_enum('weights', None, list(FORMATS), 'To quantise to, see moe.quantised.')
+FSDP = flags.DEFINE_integer('fsdp', 1, 'Devices that texts and weights are split over.', 1)
+EXPERT = flags.DEFINE_integer('expert', 1, 'Devices that texts and experts are split over.', 1)
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the weights are split over.', 1)
 
 
 def loaded_model(checkpoint: str) -> Loaded:
     """Loads a model as the flags say."""
-    alone = DATA.value == TENSOR.value == 1
-    mesh = None if alone else MeshConfig(data=DATA.value, tensor=TENSOR.value)
-    loaded = load_model_of(checkpoint, mesh=mesh, dtype=DTYPE.value)
+    mesh = MeshConfig(DATA.value, FSDP.value, EXPERT.value, TENSOR.value)
+    alone = mesh == MeshConfig()
+    loaded = load_model_of(checkpoint, mesh=None if alone else mesh, dtype=DTYPE.value)
     weights: Any = WEIGHTS.value
     return loaded if weights is None else with_weights(loaded, weights)
 

@@ -90,7 +90,7 @@ class Attention(nn.Module):
         outputs: int,
     ) -> Kernel:
         read = functools.partial(self._parameter, name, init, shape, axes)
-        return stored_kernel(self, name, read, shape[-outputs:])
+        return stored_kernel(self, name, read, outputs)
 
     def _biased(self, x: Array, name: str, axes: LogicalAxes) -> Array:
         shape, zeros = x.shape[2:], nn.initializers.zeros_init()

@@ -31,7 +31,9 @@ from moe.dispatch import (
 )
 from moe.errors import InputError
 from moe.exchange import AXIS, accepted_counts, exchange_bounds, exchange_rows, segment_of
+from moe.quantised import Kernel, Quantised, dequantised
 from moe.row_gather import sorted_weights
+from moe.sharding import MESH_AXES
 
 BATCH_AXES = ('data', 'fsdp', 'expert')
 BIAS_SPECS: Any = (P('expert', None, 'tensor'), P('expert', 'fsdp'))
@@ -43,8 +45,8 @@ def expert_parallel_dispatch(
     ids: Int[Array, 'B T K'],
     weights: Float[Array, 'B T K'],
     mask: Bool[Array, 'B T'],
-    gate_up: Float[Array, 'E D 2 F'],
-    down: Float[Array, 'E F D'],
+    gate_up: Kernel,
+    down: Kernel,
     *,
     mesh: Mesh,
     method: Dispatch,
@@ -85,9 +87,11 @@ def expert_parallel_dispatch(
     if method == 'dense':
         return dispatch(x, ids, weights, mask, gate_up, down, biases=biases, **settings)
     tokens = P(BATCH_AXES)
+    specs = _kernel_specs(gate_up, down)
     sharded = jax.shard_map(
         functools.partial(
             _local_dispatch,
+            specs=specs,
             shards=mesh.shape['expert'],
             factor=exchange_factor,
             chunks=exchange_chunks if mesh.shape['expert'] > 1 else 1,
@@ -96,8 +100,7 @@ def expert_parallel_dispatch(
         mesh=mesh,
         in_specs=(
             *(tokens,) * 4,
-            P('expert', 'fsdp', None, 'tensor'),
-            P('expert', 'tensor', 'fsdp'),
+            *specs,
             None if biases is None else ExpertBiases(*BIAS_SPECS),
         ),
         out_specs=(tokens, P()),
@@ -121,15 +124,36 @@ def check_divisible(mesh: Mesh, *, batch: int, experts: int, embed: int, mlp: in
             )
 
 
+def _kernel_specs(gate_up: Kernel, down: Kernel) -> tuple[Any, Any]:
+    """Returns how experts lie on a mesh; the scales of one group are whole along the inputs."""
+
+    def spec(kernel: Kernel, inputs: str, *outputs: str | None) -> Any:
+        if not isinstance(kernel, Quantised):
+            return P('expert', inputs, *outputs)
+        by_group = inputs if kernel.scales.shape[-1] > 1 else None
+        values, scales = (P('expert', *outputs, along) for along in (inputs, by_group))
+        return Quantised(values, scales, kernel.outputs)  # type: ignore
+
+    return spec(gate_up, 'fsdp', None, 'tensor'), spec(down, 'tensor', 'fsdp')
+
+
+def _gathered(array: Array, spec: P) -> Array:
+    """Gathers over `fsdp`, and marks the result as varying over the whole mesh."""
+    if 'fsdp' in spec:
+        array = jax.lax.all_gather(array, 'fsdp', axis=spec.index('fsdp'), tiled=True)
+    return _varying(array, tuple(axis for axis in MESH_AXES if axis not in spec))
+
+
 def _local_dispatch(
     x: Array,
     ids: Array,
     weights: Array,
     mask: Array,
-    gate_up: Array,
-    down: Array,
+    gate_up: Kernel,
+    down: Kernel,
     biases: ExpertBiases | None,
     *,
+    specs: tuple[Any, Any],
     shards: int,
     factor: float | None,
     chunks: int,
@@ -138,12 +162,10 @@ def _local_dispatch(
     capacity_factor: float,
 ) -> tuple[Array, Array]:
     """One device's part: its tokens, its experts."""
-    gate_up = jax.lax.all_gather(gate_up, 'fsdp', axis=1, tiled=True)
-    down = jax.lax.all_gather(down, 'fsdp', axis=2, tiled=True)
     # A custom VJP returns what this device contributed; the transpose of the mark sums it over the
     # axis.
     x, weights = _varying((x, weights), 'tensor')
-    gate_up, down = _varying((gate_up, down), 'data')
+    gate_up, down = jax.tree.map(_gathered, (gate_up, down), specs)
     biases = None if biases is None else _local_biases(biases)
     num_experts = gate_up.shape[0] * shards
     tokens, flat_weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
@@ -185,8 +207,8 @@ def _local_biases(biases: ExpertBiases) -> ExpertBiases:
 def _remote_slots(
     rows: Array,
     weights: Array,
-    gate_up: Array,
-    down: Array,
+    gate_up: Kernel,
+    down: Kernel,
     biases: ExpertBiases | None,
     activation: Activation,
     *,
@@ -194,6 +216,7 @@ def _remote_slots(
     chunks: int,
 ) -> Array:
     """Computes every slot on the shard that holds its expert: [E * S, D] -> [E * S, D]."""
+    gate_up, down = (dequantised(each, rows.dtype) for each in (gate_up, down))
     experts, dim = gate_up.shape[:2]
 
     def to_experts(slots: Array) -> Array:
@@ -212,8 +235,8 @@ def _remote_groups(
     tokens: Array,
     weights: Array,
     groups: Array,
-    gate_up: Array,
-    down: Array,
+    gate_up: Kernel,
+    down: Kernel,
     biases: ExpertBiases | None,
     activation: Activation,
     *,

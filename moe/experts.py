@@ -194,9 +194,8 @@ class MoELayer(nn.Module):
         if self.mesh is None:
             y, dropped = dispatch(x, ids, weights, mask, gate_up, down, **settings)
         else:
-            floats = (dequantised(each, x.dtype) for each in (gate_up, down))
             y, dropped = expert_parallel_dispatch(
-                *(x, ids, weights, mask, *floats),
+                *(x, ids, weights, mask, gate_up, down),
                 mesh=self.mesh,
                 exchange_factor=config.exchange_factor,
                 exchange_chunks=config.exchange_chunks,
@@ -251,7 +250,7 @@ class MoELayer(nn.Module):
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
     ) -> Kernel:
         read = functools.partial(self.param, name, init, shape, self.param_dtype)
-        return stored_kernel(self, name, read, shape[2:], batch_axes=1)
+        return stored_kernel(self, name, read, len(shape) - 2, batch_axes=1)
 
     def _separate_params(self, dim: int) -> dict[str, Array]:
         if self.mesh is not None and self.mesh.shape['expert'] > 1:

@@ -134,7 +134,7 @@ class LatentAttention(nn.Module):
         outputs: int,
     ) -> Kernel:
         read = functools.partial(self._kernel, name, init, shape, axes)
-        return stored_kernel(self, name, read, shape[-outputs:])
+        return stored_kernel(self, name, read, outputs)
 
 
 def rotate_pairs(

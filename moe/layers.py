@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe.config import Activation, DType, TransformerConfig
-from moe.quantised import Kernel, Quantised, product, stored_kernel
+from moe.quantised import Kernel, Quantised, halves, product, stored_kernel
 from moe.sharding import constrain
 
 # Of 'clamped_swiglu'.
@@ -80,7 +80,7 @@ def linear(x: Float[Array, 'B T *inputs'], kernel: Kernel) -> Array:
     inputs = math.prod(x.shape[2:])
     if isinstance(kernel, Quantised):
         flat = product(x.reshape(-1, inputs), kernel)
-        return flat.reshape(*x.shape[:2], *kernel.outputs)
+        return flat.reshape(*x.shape[:2], *flat.shape[1:])
     outputs = kernel.shape[x.ndim - 2 :]
     flat = x.reshape(-1, inputs) @ kernel.astype(x.dtype).reshape(inputs, -1)
     return flat.reshape(*x.shape[:2], *outputs)
@@ -193,8 +193,11 @@ class GatedMLP(nn.Module):
         gate_up = self._kernel('gate_up', init, (D, 2, F))
         down = self._kernel('down', partitioned(kernel_init(0, 1), ('mlp', 'embed')), (F, D))
         x = x.astype(self.dtype)
-        if isinstance(gate_up, Quantised):
+        if isinstance(gate_up, Quantised) and self.mesh is None:
             gate, up = jnp.moveaxis(linear(x, gate_up), 2, 0)
+        elif isinstance(gate_up, Quantised):
+            # Each is split over devices; laid one after the other they would not be.
+            gate, up = (linear(x, half) for half in halves(gate_up))
         else:
             # Two products: the halves of a joint one are not contiguous: reading them is slower.
             gate, up = linear(x, gate_up[:, 0]), linear(x, gate_up[:, 1])
@@ -206,4 +209,4 @@ class GatedMLP(nn.Module):
         self, name: str, init: jax.nn.initializers.Initializer, shape: tuple[int, ...]
     ) -> Kernel:
         read = functools.partial(self.param, name, init, shape, self.param_dtype)
-        return stored_kernel(self, name, read, shape[1:])
+        return stored_kernel(self, name, read, len(shape) - 1)

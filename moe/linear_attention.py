@@ -193,4 +193,4 @@ class LinearAttention(nn.Module):
         outputs: int,
     ) -> Kernel:
         read = functools.partial(self._kernel, name, init, shape, axes)
-        return stored_kernel(self, name, read, shape[-outputs:])
+        return stored_kernel(self, name, read, outputs)

@@ -100,7 +100,7 @@ class PredictionModule(nn.Module):
         init = partitioned(kernel_init(0, 1), ('mlp', 'embed'))
         shape = (2 * width, width)
         read = functools.partial(self.param, 'projection', init, shape, config.param_dtype)
-        projection = stored_kernel(self, 'projection', read, shape[1:])
+        projection = stored_kernel(self, 'projection', read, 1)
         x = constrain(linear(joined, projection), ('batch', 'length', None), self.mesh)
         block = remat_block(config.remat, scanned=False)(config, self.kind, self.mesh, name='block')
         x, router, cache = block(x, cache, context, mask, tokens, replayed)

@@ -3,6 +3,8 @@
     kernel[i, o] ~ values[o, i] * scales[o, i // size],
     scales[o, g] = max over the group of |kernel[i, o]| / bound
 
+`moe.quantising` makes them of a model's parameters; here is what they are, and their products.
+
 Every matrix that hidden states are multiplied by is one: of attention, MLPs, experts and prediction
 modules, and the head. Norms, biases, convolutions and routers stay: they are small, and a choice of
 experts is not to hang on rounding. So does the embedding, of which a token reads one row (a tied
@@ -18,19 +20,14 @@ trains.
 """
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Num
-
-from moe.errors import InputError
-from moe.sharding import abstract_variables
 
 COLLECTION = 'quantised'
 FEW_ROWS = 4  # of more, as many products that convert as they read are slower than one copy
@@ -74,12 +71,19 @@ class Matrix:
     """A matrix that may be quantised, or several along leading axes; or what stands for its shape.
 
     Attributes:
-        floats: of it.
+        floats: of it, [*batch, *outputs, inputs].
         kind: what it is of.
+        outputs: how many axes stand for them.
     """
 
-    floats: Float[Array, '*batch outputs inputs']
+    floats: Float[Array, '*kept inputs']
     kind: Kind = flax.struct.field(pytree_node=False)
+    outputs: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def batch_axes(self) -> int:
+        """How many axes there are of several."""
+        return len(self.floats.shape) - 1 - self.outputs
 
 
 @flax.struct.dataclass
@@ -87,19 +91,21 @@ class Quantised:
     """A matrix, or several along leading axes.
 
     Attributes:
-        values: in the dtype of a `Format`.
+        values: [*batch, *outputs, inputs], in the dtype of a `Format`.
         scales: of each output's groups of inputs, float32, above zero.
-        outputs: the axes that the outputs stand for.
+        outputs: how many axes stand for them.
     """
 
-    values: Num[Array, '*batch outputs inputs']
-    scales: Float[Array, '*batch outputs groups']
-    outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    values: Num[Array, '*kept inputs']
+    scales: Float[Array, '*kept groups']
+    outputs: int = flax.struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what they stand for, `(*batch, inputs, *outputs)`."""
-        return *self.values.shape[:-2], self.values.shape[-1], *self.outputs
+        *others, inputs = self.values.shape
+        batch = len(others) - self.outputs
+        return *others[:batch], inputs, *others[batch:]
 
 
 Kernel = Array | Quantised
@@ -109,35 +115,35 @@ def stored_kernel(
     module: nn.Module,
     name: str,
     read: Callable[[], Array],
-    outputs: tuple[int, ...],
+    outputs: int,
     *,
     batch_axes: int = 0,
 ) -> Kernel:
     """Returns a module's matrix: quantised where the variables hold it so, else what `read` reads.
 
     A pass in which the collection `quantised` is mutable leaves the floats there, outputs first,
-    for `quantise` to round.
+    for `moe.quantising` to round.
 
     Args:
         module: whose it is, bound.
         name: of the matrix.
         read: returns it as floats, [*batch, *inputs, *outputs].
-        outputs: those axes of it.
-        batch_axes: how many there are of the others: one where it is of experts.
+        outputs: how many axes they have.
+        batch_axes: how many there are of several: one where it is of experts.
     """
     if module.has_variable(COLLECTION, name):
         return Quantised(**module.get_variable(COLLECTION, name), outputs=outputs)
     kernel = read()
     if not module.is_initializing() and module.is_mutable_collection(COLLECTION):
         kind = 'experts' if batch_axes else 'other'
-        matrix = Matrix(_outputs_first(kernel, outputs, batch_axes), kind)
+        matrix = Matrix(outputs_first(kernel, outputs, batch_axes), kind, outputs)
         module.put_variable(COLLECTION, name, matrix)
     return kernel
 
 
 def rounded(
     kernel: Float[Array, '*kernel'],
-    outputs: tuple[int, ...],
+    outputs: int,
     form: Format = INT8,
     *,
     batch_axes: int = 0,
@@ -146,20 +152,27 @@ def rounded(
 
     Args:
         kernel: [*batch, *inputs, *outputs].
-        outputs: those axes of it.
+        outputs: how many axes they have.
         form: what the numbers become.
-        batch_axes: how many there are of the others.
+        batch_axes: how many there are of several.
     """
-    return Quantised(**_rounded(_outputs_first(kernel, outputs, batch_axes), form), outputs=outputs)
+    matrix = outputs_first(kernel, outputs, batch_axes)
+    return Quantised(**values_and_scales(matrix, form), outputs=outputs)
 
 
-def _outputs_first(kernel: Array, outputs: tuple[int, ...], batch_axes: int) -> Array:
-    batch = kernel.shape[:batch_axes]
-    return kernel.reshape(*batch, -1, math.prod(outputs)).swapaxes(-1, -2)
+def outputs_first(
+    kernel: Float[Array, '*kernel'], outputs: int, batch_axes: int
+) -> Float[Array, '*kept inputs']:
+    """Lays a kernel [*batch, *inputs, *outputs] so that the inputs of an output lie together."""
+    first = kernel.ndim - outputs
+    last = jnp.moveaxis(
+        kernel, tuple(range(batch_axes, first)), tuple(range(batch_axes - first, 0))
+    )
+    return last.reshape(*last.shape[: batch_axes + outputs], -1)
 
 
-def _rounded(matrix: Float[Array, '*batch outputs inputs'], form: Format) -> dict[str, Array]:
-    """Returns the values and the scales of matrices with their outputs first."""
+def values_and_scales(matrix: Float[Array, '*kept inputs'], form: Format) -> dict[str, Array]:
+    """Returns what `rounded` does of matrices with their outputs first, by name."""
     size = form.group_size(matrix.shape[-1])
     wide = matrix.astype(jnp.float32).reshape(*matrix.shape[:-1], -1, size)
     scales = jnp.abs(wide).max(axis=-1) / form.bound
@@ -178,10 +191,10 @@ def dequantised(weight: Kernel, dtype: DTypeLike) -> Float[Array, '*kernel']:
     if not isinstance(weight, Quantised):
         return weight
     wide = _as_floats(weight).astype(dtype)
-    return wide.swapaxes(-1, -2).reshape(weight.shape)
+    return jnp.moveaxis(wide, -1, -1 - weight.outputs)
 
 
-def _as_floats(weight: Quantised) -> Float[Array, '*batch outputs inputs']:
+def _as_floats(weight: Quantised) -> Float[Array, '*kept inputs']:
     grouped = (*weight.scales.shape, -1)
     wide = weight.values.astype(jnp.float32).reshape(grouped) * weight.scales[..., None]
     return wide.reshape(weight.values.shape)
@@ -190,13 +203,24 @@ def _as_floats(weight: Quantised) -> Float[Array, '*batch outputs inputs']:
 def joined(weight: Kernel) -> Kernel:
     """Lays all outputs of [E, inputs, *outputs] along one axis."""
     if isinstance(weight, Quantised):
-        return weight.replace(outputs=(math.prod(weight.outputs),))  # type: ignore
+        values, scales = (
+            leaf.reshape(len(leaf), -1, leaf.shape[-1]) for leaf in (weight.values, weight.scales)
+        )
+        return Quantised(values, scales, outputs=1)
     return weight.reshape(*weight.shape[:2], -1)
+
+
+def halves(weight: Quantised) -> tuple[Quantised, Quantised]:
+    """Returns the two matrices along the first axis of outputs of one."""
+    first, second = (
+        Quantised(weight.values[half], weight.scales[half], weight.outputs - 1) for half in (0, 1)
+    )
+    return first, second
 
 
 def product(
     x: Float[Array, 'N inputs'], weight: Quantised, dtype: DTypeLike | None = None
-) -> Float[Array, 'N outputs']:
+) -> Float[Array, 'N *outputs']:
     """Multiplies rows by one matrix; sums and scales are float32.
 
     Args:
@@ -207,8 +231,10 @@ def product(
     # Bound to the rows: a loop over tokens would convert the matrix once, before it, and then read
     # floats.
     x, weight = jax.lax.optimization_barrier((x, weight))
+    outputs = weight.values.shape[:-1]
     whole = weight.scales.shape[-1] == 1
     values = (weight.values if whole else _as_floats(weight)).astype(x.dtype)
+    values = values.reshape(-1, values.shape[-1])
 
     def rows(x: Array) -> Array:
         return jnp.matmul(x, values.T, preferred_element_type=jnp.float32)
@@ -218,81 +244,5 @@ def product(
 
     few = whole and len(x) <= FEW_ROWS
     sums = jax.lax.platform_dependent(x, cpu=one_by_one, default=rows) if few else rows(x)
-    return (sums * weight.scales[:, 0] if whole else sums).astype(dtype or x.dtype)
-
-
-def quantise(model: Any, variables: Mapping[str, Any], weights: Weights = 'int8') -> dict[str, Any]:
-    """Returns the variables with every matrix quantised, in the collection `quantised`.
-
-    Args:
-        model: a `Transformer` on one device, whose dispatch is 'grouped' or 'dense'.
-        variables: all of them, unboxed: {'params': ..., 'routing': ...}.
-        weights: a key of `FORMATS`.
-
-    Raises:
-        InputError: where the model has a mesh, or experts that are stored one by one.
-    """
-    if model.mesh is not None:
-        raise InputError(
-            'Quantised matrices are multiplied on one device; the model has a mesh. Leave out its '
-            'axes (--data, --tensor), or the quantisation.'
-        )
-    _require_fused(model)
-
-    def narrow(variables: Mapping[str, Any]) -> Any:
-        return jax.tree.map(
-            lambda matrix: _rounded(matrix.floats, FORMATS[weights][matrix.kind]),
-            _matrices(model, variables),
-            is_leaf=lambda node: isinstance(node, Matrix),
-        )
-
-    found = jax.jit(narrow)(variables)
-    kept = _without(variables['params'], found)
-    return {**variables, 'params': kept, COLLECTION: found}
-
-
-def matrix_shapes(model: Any) -> dict[str, Any]:
-    """Returns which parameters `quantise` rounds, without computing anything.
-
-    Args:
-        model: a `Transformer`, with a mesh or without.
-
-    Returns:
-        A `Matrix` of a shape at the path of each. A tied head stands at `head/kernel`.
-
-    Raises:
-        InputError: where the model's experts are stored one by one.
-    """
-    _require_fused(model)
-    alone = model.clone(mesh=None)
-    return jax.eval_shape(functools.partial(_matrices, alone), abstract_variables(alone))
-
-
-def _matrices(model: Any, variables: Mapping[str, Any]) -> Any:
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    ahead = model.config.mtp_depth > 0
-    return model.apply(variables, tokens, mtp=ahead, mutable=[COLLECTION])[1][COLLECTION]
-
-
-def _require_fused(model: Any) -> None:
-    moe = model.config.moe
-    if moe is not None and moe.storage != 'fused':
-        raise InputError(
-            "Quantised matrices need moe.storage='fused', a layer's experts in one array; the "
-            f'model has {moe.storage!r}. Leave out the quantisation.'
-        )
-
-
-def _without(params: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the leaves that were found to be matrices."""
-    kept = {}
-    for name, subtree in params.items():
-        if name not in found:
-            kept[name] = subtree
-        elif isinstance(subtree, Mapping):
-            kept[name] = _without(subtree, found[name])
-    return {name: subtree for name, subtree in kept.items() if not _empty(subtree)}
-
-
-def _empty(subtree: Any) -> bool:
-    return isinstance(subtree, Mapping) and not subtree
+    scaled = sums * weight.scales.reshape(-1) if whole else sums
+    return scaled.astype(dtype or x.dtype).reshape(-1, *outputs)

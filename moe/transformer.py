@@ -69,7 +69,7 @@ class Head(nn.Module):
             init = partitioned(nn.initializers.normal(D**-0.5), ('embed', 'vocab'))
             return self.param('kernel', init, (D, V), config.param_dtype)
 
-        return stored_kernel(self, 'kernel', read, (V,))
+        return stored_kernel(self, 'kernel', read, 1)
 
 
 class Transformer(nn.Module):
@@ -295,7 +295,7 @@ def head_of(config: TransformerConfig, variables: Any, dtype: DTypeLike) -> Floa
     if found is None:
         return output_head(config, variables['params']).astype(dtype)
     _require_product(config)
-    return dequantised(Quantised(**found['kernel'], outputs=(config.vocab_size,)), dtype)
+    return dequantised(Quantised(**found['kernel'], outputs=1), dtype)
 
 
 def _require_product(config: TransformerConfig) -> None:
@@ -325,7 +325,7 @@ def output_logits(
     if found is None:
         head = _head(config, variables['params'])
     else:
-        head = Quantised(**found['kernel'], outputs=(config.vocab_size,))
+        head = Quantised(**found['kernel'], outputs=1)
     return soft_cap(hidden_logits(hidden, head), config.logit_soft_cap)
 
 

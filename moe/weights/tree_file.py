@@ -28,12 +28,13 @@ def save_tree(file: pathlib.Path, tree: Mapping[str, Any]) -> None:
     write_file(file, planned, lambda name: _packed(np.asarray(leaves[name])))
 
 
-def load_tree(file: pathlib.Path, shapes: Any) -> Any:
-    """Reads what `save_tree` wrote, array by array, onto the default device.
+def load_tree(file: pathlib.Path, shapes: Any, shardings: Any = None) -> Any:
+    """Reads what `save_tree` wrote, array by array, each part straight onto its devices.
 
     Args:
         file: of the arrays.
         shapes: the same tree, of what has a shape and a dtype.
+        shardings: the same tree, of where they belong; None for all on the default device.
 
     Raises:
         InputError: names every array that is missing, too many, or of another shape or dtype.
@@ -49,9 +50,14 @@ def load_tree(file: pathlib.Path, shapes: Any) -> Any:
         lines = [f'  {problem}' for problem in sorted(problems)]
         told = f'{file} does not hold this model; {len(lines)} arrays are not as they must be:'
         raise InputError('\n'.join([told, *lines, 'Write it again from the checkpoint.']))
-    return jax.tree.map_with_path(
-        lambda path, leaf: jnp.asarray(_unpacked(header[_name(path)].view(), leaf)), shapes
-    )
+
+    def load(path: Any, leaf: Any, sharding: Any = None) -> jax.Array:
+        array = _unpacked(header[_name(path)].view(), leaf)
+        if sharding is None:
+            return jnp.asarray(array)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map_with_path(load, shapes, *(() if shardings is None else (shardings,)))
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -84,5 +90,7 @@ def _unpacked(array: np.ndarray, leaf: Any) -> np.ndarray:
     if np.dtype(leaf.dtype) != _INT4:
         return array
     bits = np.stack([array << 4, array], axis=-1).reshape(-1)[: leaf.size]
+    numbers = bits.view(np.int8)
     # An arithmetic shift brings the sign down.
-    return (bits.view(np.int8) >> 4).astype(_INT4).reshape(leaf.shape)
+    numbers >>= 4
+    return numbers.astype(_INT4).reshape(leaf.shape)

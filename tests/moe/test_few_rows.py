@@ -43,8 +43,8 @@ def test_every_row_passes_its_own_expert(size, sizes):
 def test_integers_are_multiplied_as_the_floats_they_stand_for():
     sizes = [2, 0, 5, 1, 3]
     rows, weights = jnp.asarray(ROWS, jnp.float32), jnp.asarray(WEIGHTS, jnp.float32)
-    gate_up = rounded(jnp.asarray(GATE_UP.reshape(E, D, 2, F)), (2, F), batch_axes=1)
-    down = rounded(jnp.asarray(DOWN), (D,), batch_axes=1)
+    gate_up = rounded(jnp.asarray(GATE_UP.reshape(E, D, 2, F)), 2, batch_axes=1)
+    down = rounded(jnp.asarray(DOWN), 1, batch_axes=1)
     found = jax.jit(grouped_mlp, static_argnums=5)(
         rows, weights, gate_up, down, jnp.asarray(sizes), 'silu'
     )
