@@ -87,6 +87,11 @@ class StudyConfig:
     quantise: QuantiseConfig | None = None
 
     @property
+    def has_control(self) -> bool:
+        """A student that learns from text alone, as its control does, would be its own."""
+        return self.targets.kind != 'text'
+
+    @property
     def quantised_kinds(self) -> tuple[Weights, ...]:
         """In which the student is measured: those asked for, and that which it is trained for."""
         trained = () if self.quantise is None else (self.quantise.weights,)
