@@ -18,7 +18,7 @@ import numpy as np
 
 from moe.config import DType, TransformerConfig
 from moe.errors import InputError
-from moe.families import FAMILIES, Family
+from moe.families import FAMILIES, READ_ALONE, Family
 from moe.families.fields import Fields
 from moe.families.match import family_of
 from moe.sharding import variable_shardings
@@ -139,7 +139,7 @@ def _read_config(path: pathlib.Path, dtype: DType) -> tuple[TransformerConfig, F
         raise InputError(
             f'{file} must be JSON with a model_type; it cannot be read ({error!r}). Fetch it again.'
         ) from error
-    families = {name: f for f in FAMILIES for name in (f.model_type, *f.aliases)}
+    families = {name: f for f in (*FAMILIES, *READ_ALONE) for name in (f.model_type, *f.aliases)}
     if model_type not in families:
         raise InputError(
             f'{file}: model_type must be one of {", ".join(families)}; received {model_type!r}. '

@@ -1,5 +1,6 @@
 """Gemma, and Gemma 2 and the text part of 3: norms around every part, soft caps, local layers."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +18,7 @@ from moe.families.common import (
     write_attention,
     write_base,
 )
-from moe.families.family import Family, Tensor
+from moe.families.family import TOP, Family, Tensor
 from moe.families.fields import Fields
 from moe.families.rope import Rope, read_rope, rope_parameters, write_rope
 
@@ -27,6 +28,16 @@ _OWN = {
     'norm_unit_offset': True,
     'norm_scale_float32': True,
     'scale_embedding': True,
+}
+# Of the text in a folder of text and images.
+_UNSAID = {
+    'vocab_size': 262_208,
+    'num_attention_heads': 8,
+    'num_key_value_heads': 4,
+    'head_dim': 256,
+    'rms_norm_eps': 1e-6,
+    'query_pre_attn_scalar': 256,
+    'sliding_window': 4096,
 }
 _SLIDING, _FULL = 'sliding_attention', 'full_attention'
 
@@ -101,6 +112,11 @@ def _read_gemma3(fields: Fields) -> TransformerConfig:
     )
 
 
+def _read_gemma3_of_images(fields: Fields) -> TransformerConfig:
+    """The released files leave out what is as in the class."""
+    return _read_gemma3(Fields(_UNSAID | fields.get('text_config'), fields.file))
+
+
 def _write_gemma(config: TransformerConfig) -> dict[str, Any]:
     attention: AttentionConfig = first(config.attention_layers, sliding=False)
     return {
@@ -173,4 +189,15 @@ GEMMA3 = Family(
     write=_write_gemma3,
     layer=_LAYER,
     limits=(EVEN_WIDTH,),
+)
+_OF_IMAGES = 'language_model.'
+# A model of text and images; its images are left out, and the text is written as GEMMA3.
+GEMMA3_OF_IMAGES = dataclasses.replace(
+    GEMMA3,
+    model_type='gemma3',
+    architecture='Gemma3ForConditionalGeneration',
+    read=_read_gemma3_of_images,
+    top=tuple(row._replace(theirs=_OF_IMAGES + row.theirs) for row in TOP),
+    layer_prefix=_OF_IMAGES + GEMMA3.layer_prefix,
+    left_out=(*GEMMA3.left_out, r'vision_tower\..*', r'multi_modal_projector\..*'),
 )

@@ -208,3 +208,26 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
     output: Any = moe.Transformer(config).apply(variables, tokens)
     logits = theirs(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(output.logits, logits, atol=TOLERANCE, rtol=1e-4)
+
+
+def test_the_text_of_a_model_of_images(tmp_path: Path) -> None:
+    """Its images are left out, and it is written as the family of its text."""
+    text = MODELS['gemma3_text'][1]['ropes'] | {'vocab_size': 61, 'num_hidden_layers': 3}
+    text |= {name: BASE[name] for name in ('hidden_size', 'intermediate_size')}
+    text |= {'num_attention_heads': 4, 'num_key_value_heads': 2}
+    images = {'hidden_size': 8, 'intermediate_size': 8, 'num_hidden_layers': 1, 'patch_size': 14}
+    images |= {'num_attention_heads': 2, 'image_size': 28}
+    config = transformers.Gemma3Config(text_config=text, vision_config=images, image_token_index=60)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / 'theirs')
+    ours, variables = moe.load_pretrained(tmp_path / 'theirs', dtype='float32')
+    tokens = np.random.default_rng(3).integers(0, 58, (2, LENGTH))
+    logits = model(torch.tensor(tokens)).logits.detach().numpy()
+    found = moe.Transformer(ours).apply(variables, tokens).logits
+    np.testing.assert_allclose(found, logits, atol=TOLERANCE, rtol=1e-4)
+    moe.save_pretrained(tmp_path / 'ours', ours, variables, card='x')
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours')
+    assert type(again).__name__ == 'Gemma3ForCausalLM'
+    text_logits = again(torch.tensor(tokens)).logits.detach().numpy()
+    np.testing.assert_allclose(text_logits, logits, atol=TOLERANCE, rtol=1e-4)

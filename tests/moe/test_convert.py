@@ -309,6 +309,23 @@ def test_the_first_gemma_says_gelu_and_means_its_approximation(tmp_path: Path) -
         moe.pretrained_config(tmp_path)
 
 
+def test_gemma3_of_images_says_of_its_text_what_differs(tmp_path: Path) -> None:
+    """What the 4B model's config.json has of the text, and the one of all that it leaves unsaid."""
+    text = {'hidden_size': 2560, 'intermediate_size': 10240, 'num_hidden_layers': 34}
+    text |= {'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'}, 'sliding_window': 1024}
+    values = {'model_type': 'gemma3', 'text_config': text, 'vision_config': {}}
+    (tmp_path / 'config.json').write_text(json.dumps(values))
+    read = moe.pretrained_config(tmp_path)
+    layers: Any = read.attention_layers
+    assert (read.vocab_size, read.norm_eps, read.tie_embeddings) == (262_208, 1e-6, True)
+    assert {(a.num_heads, a.num_kv_heads, a.head_dim, a.score_scale) for a in layers} == {
+        (8, 4, 256, 256**-0.5)
+    }
+    assert [a.window for a in layers[4:7]] == [1024, None, 1024]
+    assert layers[5].rope_scaling == moe.LinearScaling(8.0)
+    assert (layers[5].rope_theta, layers[0].rope_theta) == (1e6, 1e4)
+
+
 def test_both_spellings_of_experts_and_positions(tmp_path: Path) -> None:
     common = published(model_type='qwen3_moe', head_dim=8, moe_intermediate_size=16)
     common |= {'num_experts_per_tok': 2, 'norm_topk_prob': True}
