@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from distill.teacher import EstimatedTeacher, OnlineTeacher
 from distill.types import Batch, HiddenTargets, SampledTargets, TopKTargets
 from moe.errors import InputError
-from moe.transformer import Transformer, output_head
+from moe.transformer import Transformer, head_of
 from moe.validation import require
 
 
@@ -99,7 +99,7 @@ class PartwiseTeacher:
         targets: Any = batch.targets
         if isinstance(self.teacher, EstimatedTeacher):
             return targets
-        head = output_head(self.model.config, variables['params']).astype(targets.dtype)
+        head = head_of(self.model.config, variables, targets.dtype)
         return jax.lax.stop_gradient(HiddenTargets(hidden=targets, head=head))
 
 

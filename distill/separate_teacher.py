@@ -12,7 +12,7 @@ from distill.teacher import OnlineTeacher
 from distill.types import Batch, HiddenTargets
 from moe.errors import InputError
 from moe.sharding import batch_sharding, sharding_for
-from moe.transformer import output_head
+from moe.transformer import head_of
 
 HEAD = 'head'
 
@@ -74,8 +74,8 @@ class Shipper:
         self._hidden = jax.jit(
             lambda variables, batch: partwise.ahead(variables, batch).targets, out_shardings=own
         )
-        head = jax.jit(output_head, static_argnums=0)(teacher.model.config, variables['params'])
-        head = head.astype(teacher.model.config.dtype)
+        config = teacher.model.config
+        head = jax.jit(head_of, static_argnums=(0, 2))(config, variables, config.dtype)
         axes = 'embed', 'vocab'
         sharding = sharding_for(head.shape, axes, meshes[0], where="The teacher's head")
         self.head = {HEAD: jax.device_put(head, sharding)}

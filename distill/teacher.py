@@ -10,7 +10,7 @@ from distill.estimators import Estimator, TruncatedEstimator
 from distill.types import Batch, HiddenTargets, SampledTargets, TopKTargets
 from moe.activations import Activation
 from moe.errors import InputError
-from moe.transformer import Transformer, output_head
+from moe.transformer import Transformer, head_of
 from moe.types import RouterOutput
 
 
@@ -37,7 +37,8 @@ class OnlineTeacher:
         """Runs the teacher up to its last hidden state; logits are left to the loss.
 
         Args:
-            variables: the teacher's, unboxed: 'params' and 'routing'.
+            variables: the teacher's, unboxed: 'params' and 'routing'; its matrices may be
+                quantised (`moe.quantising`).
             batch: what the student is trained on.
 
         Returns:
@@ -61,7 +62,7 @@ class OnlineTeacher:
             mutable=list(activations) or False,
         )
         output, noted = result if activations else (result, {})
-        head = output_head(self.model.config, variables['params']).astype(output.hidden.dtype)
+        head = head_of(self.model.config, variables, output.hidden.dtype)
         targets = HiddenTargets(hidden=output.hidden, head=head)
         return jax.lax.stop_gradient((targets, output.router, noted))
 
