@@ -375,6 +375,8 @@ def get_config() -> ml_collections.ConfigDict:
         # Equal parts of a batch that it reads one by one while it teaches; None: the student's.
         micro_batches=config_dict.placeholder(int),
         mesh=_mapping(),  # `mesh()`, of the last devices, to teach apart from the student
+        # While it teaches: 'int8', 'fp8' or 'int4_experts'; None: floats of its dtype.
+        weights=config_dict.placeholder(str),
     )
     config.more_teachers = _mapping()  # `further_teachers()`
     config.targets = dict(

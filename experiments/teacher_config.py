@@ -14,7 +14,10 @@ from experiments.causal import require_left_to_right
 from experiments.remote_config import RemoteConfig
 from moe.config import TransformerConfig, require
 from moe.errors import InputError
+from moe.quantised import Weights
+from moe.quantising import matrix_shapes
 from moe.sharding import MeshConfig
+from moe.transformer import Transformer
 
 OWN_TEACHER = Provenance('trained in this study', 'its weights', "its owner's", True)
 
@@ -43,6 +46,8 @@ class TeacherConfig:
             None for those of the student.
         mesh: of the last devices, on which it teaches alone; None to share those of the student.
             All else that it does is done on `config.mesh`.
+        weights: what its matrices are quantised to while it teaches, a key of
+            `moe.quantised.FORMATS`; None for floats of its dtype, with which all else is done.
     """
 
     source: Literal['train', 'checkpoint', 'hf', 'remote', 'ema']
@@ -58,6 +63,7 @@ class TeacherConfig:
     weight: float = 1.0
     micro_batches: int | None = None
     mesh: MeshConfig | None = None
+    weights: Weights | None = None
 
     @property
     def own_decay(self) -> float | None:
@@ -73,6 +79,8 @@ class TeacherConfig:
                 "source='checkpoint', or a published model's and goes with source='hf'; received "
                 f'source={self.source!r} and checkpoint={self.checkpoint!r}.'
             )
+        if self.weights is not None:
+            self._require_quantisable()
         if self.source == 'remote':
             self._require_remote()
             return
@@ -91,6 +99,15 @@ class TeacherConfig:
                     "model.moe.router.selection_bias must be False for source='train': training "
                     'the teacher never moves the biases. Set it to False.'
                 )
+
+    def _require_quantisable(self) -> None:
+        """Refuses one whose weights are not here, move, or are stored expert by expert."""
+        if self.source in ('remote', 'ema'):
+            raise InputError(
+                f'config.teacher.weights quantises a frozen model that is here; source='
+                f'{self.source!r} has none. Leave one of them out.'
+            )
+        matrix_shapes(Transformer(self.model))
 
     def _require_remote(self) -> None:
         """Refuses a server that is not named, or whose model is not declared."""

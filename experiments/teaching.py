@@ -1,6 +1,7 @@
 """The teachers of a study: from where they come, and what is known of them."""
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any
 
@@ -25,6 +26,7 @@ from experiments.teacher_config import OWN_TEACHER, TeacherConfig
 from experiments.training import load_model, model_sha256
 from moe.convert import folder_sha256, load_pretrained
 from moe.errors import InputError
+from moe.quantising import quantise
 from moe.sharding import variable_shardings
 from moe.transformer import Transformer
 
@@ -65,6 +67,13 @@ def load_teacher(
     return model, variables | {'params': cast(variables['params'])}
 
 
+def load_teaching(context: Context, mesh: Mesh | None = None) -> tuple[Transformer, Any]:
+    """Loads the frozen teacher as it teaches: its matrices quantised where the config says so."""
+    model, variables = load_teacher(context, mesh=mesh)
+    weights = context.study.teacher.weights
+    return model, variables if weights is None else quantise(model, variables, weights)
+
+
 def _require_same_tokenizer(context: Context, folder: pathlib.Path) -> None:
     """Refuses a published teacher that reads other ids than the first."""
     own, ours = PretrainedTokenizer(str(folder)).fingerprint, context.tokenizer.fingerprint
@@ -83,7 +92,7 @@ def online_teacher(context: Context) -> tuple[Teacher, Any]:
     if context.study.teacher.source == 'ema':
         own = OnlineTeacher(context.model(context.study.student.model))
         return _in_parts(context, own), {}
-    model, variables = load_teacher(context)
+    model, variables = load_teaching(context)
     if context.study.student.cross_tokenizer is not None:
         both = context.tokenizer, context.teacher_tokenizer
         return ForeignTeacher(model, match_vocabularies(*both, *map(token_bytes, both))), variables
@@ -115,7 +124,11 @@ def teacher_facts(context: Context) -> dict[str, Any]:
     """Who the teacher is: the hash of its weights and its provenance; and who the others are."""
     more = context.study.more_teachers or {}
     others = {name: _facts_of(context, config) for name, config in more.items()}
-    return _facts_of(context, context.study.teacher) | ({'others': others} if others else {})
+    facts, weights = _facts_of(context, context.study.teacher), context.study.teacher.weights
+    if weights is not None:
+        # What it says is said by other numbers.
+        facts['sha256'] = hashlib.sha256(f'{weights} {facts["sha256"]}'.encode()).hexdigest()
+    return facts | ({'others': others} if others else {})
 
 
 def further_facts(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:

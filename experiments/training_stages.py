@@ -27,7 +27,7 @@ from experiments.remote_scores import (
 )
 from experiments.seen import record_seen
 from experiments.targets import open_targets, write_targets
-from experiments.teaching import load_teacher, online_teacher, teacher_facts
+from experiments.teaching import load_teacher, load_teaching, online_teacher, teacher_facts
 from experiments.training import Run, load_model, train_model
 from moe.config import TransformerConfig
 from moe.sharding import init_sharded, logical_axes
@@ -67,7 +67,7 @@ def targets(context: Context) -> dict[str, Any]:
         return {'rows': len(open_targets(context, teacher_facts(context)))}
     if context.study.teacher.source == 'remote':
         return write_remote_targets(context, teacher_facts(context))
-    model, variables = load_teacher(context)
+    model, variables = load_teaching(context)
     return write_targets(context, model, variables, teacher_facts(context))
 
 
@@ -83,7 +83,7 @@ def student(context: Context) -> dict[str, Any]:
     elif context.study.targets.kind == 'text':
         teacher, variables = None, {}
     elif context.study.teacher.mesh is not None:
-        model, variables = load_teacher(context, mesh=context.teacher_mesh)
+        model, variables = load_teaching(context, mesh=context.teacher_mesh)
         ship = Shipper(
             OnlineTeacher(model),
             variables,

@@ -136,6 +136,11 @@ DENSE = {'student__model__moe': None, 'student__balance__selection_bias_rate': 0
         ({'student__model__vocab_size': 9}, "is the tokenizer's; set config.data.vocab_size"),
         ({'data__held_out_fraction': 1.0}, 'held_out_fraction must be between 0 and 1'),
         ({'data__held_out_field': 'text'}, 'data.held_out_field is of the rows of'),
+        (
+            {'teacher__weights': 'int8', 'teacher__source': 'ema'},
+            'config.teacher.weights quantises a frozen model',
+        ),
+        ({'teacher__weights': 'int3'}, 'teacher.weights'),
         ({'teacher__micro_batches': 3}, 'must divide data.batch_size=8; received 3'),
         (MORE | {'teacher__micro_batches': 2}, 'micro_batches cannot go with more_teachers'),
         ({'data__seq_len': 0}, 'data.seq_len must be positive'),
