@@ -26,7 +26,9 @@ class FaultyProxy:
             'reset' before the server is asked, 'lost' after it has answered, 'hang', 'truncated',
             or a function that alters the answer.
         asked: the bodies that came, in order, by their `Idempotency-Key`.
-        answered: how often an answer left whole, by key.
+        answered: how often a whole answer was sent, by key; counted before anyone can have it.
+        most_at_once: requests that had come and were not being answered yet.
+        refused: set once a request has been refused with a status.
         passed: how often the server behind was asked, by key.
         keys: what came as Authorization.
         remembers: whether an answer is given again to the same key, as servers that know the header
@@ -44,6 +46,7 @@ class FaultyProxy:
         self.times: dict[str, list[float]] = collections.defaultdict(list)
         self.keys: set[str] = set()
         self.most_at_once = 0
+        self.refused = threading.Event()
         self.delay = 0.0
         self.retry_after = '0.2'
         self.remembers = False
@@ -90,37 +93,42 @@ class FaultyProxy:
             self.most_at_once = max(self.most_at_once, self._at_once)
             fault = self.faults[prompt].pop(0) if self.faults[prompt] else None
         try:
-            self._respond(handler, body, key, fault)
+            respond = self._response(handler, body, key, fault)
         finally:
+            # Before it leaves: who has an answer may ask anew at once.
             with self._lock:
                 self._at_once -= 1
+        respond()
 
-    def _respond(self, handler: Any, body: dict, key: str, fault: Fault | None) -> None:
+    def _response(
+        self, handler: Any, body: dict, key: str, fault: Fault | None
+    ) -> Callable[[], None]:
+        """Does all but to respond."""
         time.sleep(self.delay)
         if fault == 'reset':
-            _reset(handler)
-            return
+            return lambda: _reset(handler)
         if fault == 'hang':
-            time.sleep(30)
-            return
+            return lambda: time.sleep(30)
         if isinstance(fault, str) and fault.isdecimal():
-            headers = {'Retry-After': self.retry_after} if fault == '429' else {}
-            # Servers like to repeat what they were sent.
-            said = {'error': {'message': f'no: {handler.headers["authorization"]}', 'code': None}}
-            _send(handler, int(fault), json.dumps(said).encode(), headers)
-            return
+            return lambda: self._refuse(handler, fault)
         status, content = self._made(body, key, handler.headers)
         if fault == 'lost':
-            _reset(handler)
-            return
+            return lambda: _reset(handler)
         if fault == 'truncated':
             content = content[: len(content) // 2]
         elif callable(fault):
             content = json.dumps(fault(json.loads(content))).encode()
         self.before_answer(key)
-        _send(handler, status, content, {})
         with self._lock:
             self.answered[key] += 1
+        return lambda: _send(handler, status, content, {})
+
+    def _refuse(self, handler: Any, status: str) -> None:
+        headers = {'Retry-After': self.retry_after} if status == '429' else {}
+        # Servers like to repeat what they were sent.
+        said = {'error': {'message': f'no: {handler.headers["authorization"]}', 'code': None}}
+        _send(handler, int(status), json.dumps(said).encode(), headers)
+        self.refused.set()
 
     def _made(self, body: dict, key: str, headers: Any) -> tuple[int, bytes]:
         if self.remembers and key in self._memory:

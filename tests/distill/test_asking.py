@@ -2,6 +2,8 @@
 
 import collections
 import json
+import threading
+import time
 
 import pytest
 from faulty_proxy import FaultyProxy
@@ -103,9 +105,12 @@ def test_retry_after_is_waited_for_by_all(proxy, ask):
 def test_a_server_that_hangs_is_left_after_the_timeout(proxy, ask, tmp_path):
     proxy.faults[json.dumps('a')] = ['hang']
     ask(['a'], timeout=2.0)
-    assert outcomes(tmp_path, 'a') == ['lost', 'answered']
-    reasons = [line['reason'] for line in lines(tmp_path) if line.get('as') == 'lost']
-    assert reasons == ['no answer within 2.0 seconds']
+    # A machine that rests may be late more than once.
+    *lost, last = outcomes(tmp_path, 'a')
+    assert last == 'answered'
+    assert set(lost) == {'lost'}
+    reasons = {line['reason'] for line in lines(tmp_path) if line.get('as') == 'lost'}
+    assert reasons == {'no answer within 2.0 seconds'}
 
 
 def test_what_is_no_answer_is_quarantined_with_the_reason_and_never_paid_for_again(
@@ -133,6 +138,9 @@ def test_what_is_no_answer_is_quarantined_with_the_reason_and_never_paid_for_aga
 
 def test_no_more_at_one_time_than_is_allowed(proxy, ask):
     proxy.delay = 0.03
+    # None is answered before there are three.
+    three = threading.Barrier(3, timeout=60)
+    proxy.before_answer = lambda key: three.wait()
     ask([f'{n}' for n in range(12)], concurrency=3)
     assert proxy.most_at_once == 3
 
@@ -170,6 +178,8 @@ def test_a_server_that_says_nothing_of_its_price_is_booked_at_the_most(proxy, as
 
 def test_what_holds_for_every_request_stops_at_once(proxy, ask, tmp_path):
     proxy.faults[json.dumps('0')] = ['401']
+    # Others are answered when the refusal is long there.
+    proxy.before_answer = lambda key: proxy.refused.wait(60) and time.sleep(0.3)
     with pytest.raises(RemoteError, match='denies every request') as error:
         ask([f'{n}' for n in range(50)], concurrency=2)
     assert len(proxy.asked) <= 3
