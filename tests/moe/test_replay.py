@@ -229,7 +229,7 @@ def test_scanned_layers_replay_what_unrolled_ones_recorded():
     replayed = forward(scanned)(reversed_bias(restacked), recorded.router)
     for layer, record in zip(replayed.router, recorded.router, strict=True):
         np.testing.assert_array_equal(layer.expert_ids, record.expert_ids)
-    np.testing.assert_allclose(replayed.logits, recorded.logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(replayed.logits, recorded.logits, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize('name', ['token', 'hash'])
@@ -249,7 +249,7 @@ def test_decoding_with_a_cache_replays_the_records_of_its_tokens(name):
         output = step(TOKENS[:, part], cache, ids)
         cache = output.cache
         assert_same_bits([router.expert_ids for router in output.router], list(ids))
-        np.testing.assert_allclose(output.logits, whole.logits[:, part], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(output.logits, whole.logits[:, part], rtol=1e-4, atol=2e-4)
 
 
 def test_weigh_by_hand():
