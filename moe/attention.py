@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moe.activations import note
 from moe.attention_context import AttentionContext
-from moe.cache_rows import write_ring, write_rows
+from moe.cache_rows import write_ring
 from moe.config import AttentionConfig, TransformerConfig
 from moe.dot_product import attention_and_highest
 from moe.layers import kernel_init, linear, norm_of, partitioned
@@ -48,9 +48,8 @@ class Attention(nn.Module):
         values = self._project(x, 'v', config.num_kv_heads, 'kv_heads')
         note(self, queries=queries, keys=keys, values=values)
         if cache is not None:
-            assert context.start is not None
             attend_to = extend if config.window is None else extend_ring
-            keys, values, cache = attend_to(cache, keys, values, context.start)
+            keys, values, cache = attend_to(cache, keys, values, context)
         sinks = None
         if config.sinks:
             sinks = self._parameter('sinks', nn.initializers.zeros_init(), (H,), ('heads',))
@@ -135,21 +134,20 @@ def empty_key_value_cache(
 
 
 def extend(
-    cache: KeyValueCache, keys: Array, values: Array, start: Int[Array, 'B']
+    cache: KeyValueCache, keys: Array, values: Array, context: AttentionContext
 ) -> tuple[Array, Array, KeyValueCache]:
-    """Writes new keys and values from each row's slot `start` on.
+    """Writes new keys and values behind those before them.
 
     Returns:
         The keys and values to attend to, one for each slot, and the cache.
     """
-    cache = KeyValueCache(
-        keys=write_rows(cache.keys, keys, start), values=write_rows(cache.values, values, start)
-    )
-    return cache.keys, cache.values, cache
+    keys, kept_keys = context.extended(cache.keys, keys)
+    values, kept_values = context.extended(cache.values, values)
+    return keys, values, KeyValueCache(kept_keys, kept_values)
 
 
 def extend_ring(
-    cache: KeyValueCache, keys: Array, values: Array, start: Int[Array, 'B']
+    cache: KeyValueCache, keys: Array, values: Array, context: AttentionContext
 ) -> tuple[Array, Array, KeyValueCache]:
     """Writes the last of the new keys and values over the oldest ones of a ring.
 
@@ -157,6 +155,9 @@ def extend_ring(
         The keys and values to attend to, those that the ring held (see `ring_slots`) and after them
         the new ones; and the cache.
     """
+
+    start = context.start
+    assert start is not None
 
     def both(ring: Array, new: Array) -> tuple[Array, Array]:
         attended = jnp.concatenate([ring, new.astype(ring.dtype)], axis=1)

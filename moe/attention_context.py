@@ -6,11 +6,12 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe.attention_config import AttentionLike
 from moe.cache_rows import write_rows
 from moe.linear_config import LinearAttentionConfig
+from moe.pages import read_pages, write_pages
 from moe.rope import rope_tables
 from moe.types import KVCache
 
@@ -26,6 +27,7 @@ class AttentionContext:
             where the kind has no keys.
         segment_ids: documents of the new tokens, 0 for padding; None where a row is one document.
         start: of each row the cache slot of the first new token; None without a cache.
+        table: of a cache in pages.
     """
 
     cos: Float[Array, 'B T half'] | None
@@ -33,6 +35,26 @@ class AttentionContext:
     allowed: Bool[Array, 'B T S'] | None
     segment_ids: Int[Array, 'B T'] | None
     start: Int[Array, 'B'] | None
+    table: Int[Array, 'G R P'] | None = None
+
+    def extended(
+        self, kept: Shaped[Array, '...'], new: Shaped[Array, 'B T *rest']
+    ) -> tuple[Shaped[Array, 'B S *rest'], Shaped[Array, '...']]:
+        """Writes what is new behind what a layer without a window has kept.
+
+        Args:
+            kept: the slots of each row, or a pool of pages.
+            new: of the new tokens.
+
+        Returns:
+            All of each row, a place for each slot, and what is kept from now on.
+        """
+        assert self.start is not None
+        if self.table is None:
+            kept = write_rows(kept, new, self.start)
+            return kept, kept
+        kept = write_pages(kept, new, self.start, self.table)
+        return read_pages(kept, self.table), kept
 
 
 def segment_positions(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
@@ -93,6 +115,7 @@ class _Placement(NamedTuple):
     cached: Int[Array, 'B S'] | None
     start: Int[Array, 'B'] | None
     slack: int
+    table: Int[Array, 'G R P'] | None
 
 
 def attention_contexts(
@@ -125,9 +148,9 @@ def _place(
     shape: tuple[int, ...],
     cache: KVCache | None,
 ) -> tuple[_Placement, KVCache | None]:
-    slots, start, cached, slack = jnp.arange(shape[1]), None, None, 0
+    slots, start, cached, slack, table = jnp.arange(shape[1]), None, None, 0, None
     if cache is not None:
-        start, slack = cache.length, cache.slack
+        start, slack, table = cache.length, cache.slack, cache.table
         slots = slots + start[:, None]
         if segment_ids is None:
             segment_ids = jnp.ones(shape, jnp.int32)
@@ -137,7 +160,7 @@ def _place(
         positions = segment_positions(segment_ids)
     if positions is None:
         positions = jnp.broadcast_to(slots, shape)
-    return _Placement(slots, positions, segment_ids, cached, start, slack), cache
+    return _Placement(slots, positions, segment_ids, cached, start, slack, table), cache
 
 
 def _context(kind: AttentionLike, placement: _Placement) -> AttentionContext:
@@ -151,7 +174,7 @@ def _context(kind: AttentionLike, placement: _Placement) -> AttentionContext:
         cos, sin = rope_tables(
             placement.positions, kind.rotary_dim, kind.rope_theta, kind.rope_scaling
         )
-    return AttentionContext(cos, sin, allowed, segment_ids, start)
+    return AttentionContext(cos, sin, allowed, segment_ids, start, placement.table)
 
 
 def _keys(window: int | None, placement: _Placement) -> tuple[Array, Array | None]:

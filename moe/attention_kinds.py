@@ -16,6 +16,7 @@ from moe.config import (
 )
 from moe.latent_attention import LatentAttention, empty_latent_cache
 from moe.linear_attention import LinearAttention, LinearCache, empty_linear_cache
+from moe.pages import PoolShape
 from moe.stacking import LayerKind, layer_groups, layer_kinds
 from moe.types import KeyValueCache, KVCache, LatentCache
 
@@ -68,6 +69,11 @@ def empty_layer_cache(
             return empty_linear_cache(kind, batch, dtype)
 
 
+def grows(kind: AttentionLike) -> bool:
+    """Whether what a layer keeps grows with the text, rather than with a window or not at all."""
+    return not isinstance(kind, LinearAttentionConfig) and kind.window is None
+
+
 def empty_cache(
     config: TransformerConfig,
     batch: int,
@@ -75,6 +81,7 @@ def empty_cache(
     dtype: DType | None = None,
     *,
     slack: int = 0,
+    pool: PoolShape | None = None,
 ) -> KVCache:
     """Preallocates what every layer keeps of up to `num_slots` tokens.
 
@@ -87,6 +94,7 @@ def empty_cache(
         num_slots: `S`, at least as many as tokens will ever be given.
         dtype: of keys, values and latents; the model's activation dtype where None.
         slack: how many tokens a row's length may ever be set back by.
+        pool: of a cache in pages, which `num_slots` is then a multiple of; None for slots in order.
 
     Returns:
         A cache of rows of length 0.
@@ -94,7 +102,10 @@ def empty_cache(
     kept = dtype or config.dtype
 
     def of_kind(kind: LayerKind) -> LayerCache:
-        return empty_layer_cache(kind.attention, batch, num_slots, kept, slack)
+        if pool is None or not grows(kind.attention):
+            return empty_layer_cache(kind.attention, batch, num_slots, kept, slack)
+        pages = empty_layer_cache(kind.attention, pool.pages, pool.page_size, kept)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (pool.groups, *x.shape)), pages)
 
     def stacked(kind: LayerKind, repeats: int) -> LayerCache:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), of_kind(kind))
@@ -104,9 +115,14 @@ def empty_cache(
         layers = [stacked(k, group.repeats) for group in layer_groups(kinds) for k in group.pattern]
     else:
         layers = [of_kind(kind) for kind in kinds]
+    table = None
+    if pool is not None:
+        shape = (pool.groups, batch // pool.groups, num_slots // pool.page_size)
+        table = jnp.zeros(shape, jnp.int32)
     return KVCache(
         layers=tuple(layers),
         segment_ids=jnp.zeros((batch, num_slots), jnp.int32),
         length=jnp.zeros(batch, jnp.int32),
         slack=slack,
+        table=table,
     )

@@ -1,6 +1,7 @@
 """Where the parts of a cache lie on a mesh, and rows moved between caches of other sizes."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from moe.attention_kinds import empty_cache
+from moe.attention_kinds import empty_cache, grows
 from moe.config import (
     AttentionConfig,
     LatentAttentionConfig,
@@ -16,36 +17,40 @@ from moe.config import (
     TransformerConfig,
 )
 from moe.linear_attention import LinearCache
+from moe.pages import PoolShape, enter_pages
 from moe.sharding import LogicalAxes, constrain, sharding_for
 from moe.stacking import LayerKind, layer_groups, layer_kinds
 from moe.types import KeyValueCache, KVCache, LatentCache
 
 ROWS: LogicalAxes = ('batch', 'length')
+POOL: LogicalAxes = ('batch', 'pages', None)
 
 
-def cache_axes(config: TransformerConfig) -> KVCache:
+def cache_axes(config: TransformerConfig, *, paged: bool = False) -> KVCache:
     """Names the logical axis of each dimension of a cache, in the tree of `empty_cache`.
 
-    Rows are split as the batch is, keys and values by their heads, the states of linear attention
-    by theirs. Latents belong to all heads: they stay whole along the tensor axis.
+    Rows, and groups of pages, are split as the batch is, keys and values by their heads, the states
+    of linear attention by theirs. Latents belong to all heads: they stay whole along the tensor
+    axis.
     """
     kinds = layer_kinds(config)
     if config.scan_layers:
         stacks = [kind for group in layer_groups(kinds) for kind in group.pattern]
-        layers = tuple(_layer_axes(kind, ('layers',)) for kind in stacks)
+        layers = tuple(_layer_axes(kind, ('layers',), paged) for kind in stacks)
     else:
-        layers = tuple(_layer_axes(kind, ()) for kind in kinds)
+        layers = tuple(_layer_axes(kind, (), paged) for kind in kinds)
     axes: Any = KVCache(layers=layers, segment_ids=ROWS, length=('batch',))  # type: ignore
-    return axes
+    return dataclasses.replace(axes, table=('batch', None, None)) if paged else axes
 
 
-def _layer_axes(kind: LayerKind, leading: LogicalAxes) -> Any:
+def _layer_axes(kind: LayerKind, leading: LogicalAxes, paged: bool) -> Any:
+    slots = (*leading, *(POOL if paged and grows(kind.attention) else ROWS))
     match kind.attention:
         case AttentionConfig():
-            heads = (*leading, *ROWS, 'kv_heads', 'head_dim')
+            heads = (*slots, 'kv_heads', 'head_dim')
             return KeyValueCache(heads, heads)  # type: ignore
         case LatentAttentionConfig():
-            return LatentCache((*leading, *ROWS, None))  # type: ignore
+            return LatentCache((*slots, None))  # type: ignore
         case LinearAttentionConfig():
             return LinearCache(
                 state=(*leading, 'batch', 'heads', None, None),  # type: ignore
@@ -55,7 +60,8 @@ def _layer_axes(kind: LayerKind, leading: LogicalAxes) -> Any:
 
 
 def _with_axes(function: Any, config: TransformerConfig, cache: KVCache, *more: Any) -> Any:
-    axes = dataclasses.replace(cache_axes(config), slack=cache.slack)
+    axes = cache_axes(config, paged=cache.table is not None)
+    axes = dataclasses.replace(axes, slack=cache.slack)
     return jax.tree.map(function, cache, *more, axes)
 
 
@@ -79,22 +85,30 @@ def constrain_cache(config: TransformerConfig, cache: KVCache, mesh: Mesh | None
     return _with_axes(lambda leaf, axes: constrain(leaf, axes, mesh), config, cache)
 
 
-def grown(config: TransformerConfig, cache: KVCache, num_slots: int) -> KVCache:
-    """Gives a cache more slots: `num_slots`, none of which may be fewer than it has.
+def fitted(leaf: Array, shape: tuple[int, ...]) -> Array:
+    """Pads an array with zeros, or cuts it off, at the end of each dimension."""
+    kept = leaf[tuple(map(slice, shape))]
+    return jnp.pad(kept, [(0, size - old) for size, old in zip(shape, kept.shape, strict=True)])
 
-    A ring that has not come to its window's size yet has never turned: what it holds stays where it
-    is.
+
+def resized(
+    config: TransformerConfig, cache: KVCache, num_slots: int, pool: PoolShape, mesh: Mesh | None
+) -> KVCache:
+    """Gives a cache in pages as many slots for each row, and pools of no fewer pages.
+
+    No row may be longer. A ring smaller than its window has then never turned, before or after:
+    what it holds stays where it is.
     """
     batch = cache.segment_ids.shape[0]
 
     def empty() -> KVCache:
-        return empty_cache(config, batch, num_slots, slack=cache.slack)
+        return empty_cache(config, batch, num_slots, slack=cache.slack, pool=pool)
 
-    def pad(leaf: Array, like: Any) -> Array:
-        sizes = zip(leaf.shape, like.shape, strict=True)
-        return jnp.pad(leaf, [(0, new - old) for old, new in sizes])
+    def fit(leaf: Array, like: Any, axes: LogicalAxes) -> Array:
+        same = leaf.shape == like.shape  # then it is not copied
+        return leaf if same else constrain(fitted(leaf, like.shape), axes, mesh)
 
-    return jax.tree.map(pad, cache, jax.eval_shape(empty))
+    return _with_axes(fit, config, cache, jax.eval_shape(empty))
 
 
 def compacted(config: TransformerConfig, cache: KVCache, padding: Int[Array, 'B']) -> KVCache:
@@ -113,15 +127,30 @@ def compacted(config: TransformerConfig, cache: KVCache, padding: Int[Array, 'B'
 
 
 def inserted(
-    config: TransformerConfig, cache: KVCache, rows: KVCache, at: Int[Array, 'P']
+    config: TransformerConfig, cache: KVCache, rows: KVCache, at: Int[Array, 'F']
 ) -> KVCache:
-    """Puts rows of another cache of as many slots in the place of some; `B` or more is nowhere."""
+    """Puts rows whose slots lie in order in the place of some of a cache in pages.
+
+    Args:
+        config: the model's.
+        cache: whose table says where their slots go.
+        rows: of which those that get a place are no longer than `cache` has slots.
+        at: of each its place; `B` is nowhere.
+    """
+    table = cache.table
+    assert table is not None
 
     def put(old: Array, new: Array, axes: LogicalAxes) -> Array:
-        index = (slice(None),) * axes.index('batch')
-        return old.at[(*index, at)].set(new, mode='drop')
+        if 'pages' in axes:
+            enter = functools.partial(enter_pages, at=at, table=table)
+            return jax.vmap(enter)(old, new) if 'layers' in axes else enter(old, new)
+        place = axes.index('batch')
+        shape = (*new.shape[: place + 1], *old.shape[place + 1 :])
+        return old.at[(*(slice(None),) * place, at)].set(fitted(new, shape), mode='drop')
 
-    return _with_axes(put, config, cache, rows)
+    axes = dataclasses.replace(cache_axes(config, paged=True), slack=cache.slack, table=None)
+    cache = jax.tree.map(put, dataclasses.replace(cache, table=None), rows, axes)
+    return dataclasses.replace(cache, table=table)
 
 
 def has_state(config: TransformerConfig) -> bool:

@@ -14,11 +14,13 @@ from moe.engine_steps import (
     Scores,
     empty_rows,
     enter_rows,
-    grow_rows,
     prefill_chunk,
+    resize_rows,
     write_token,
 )
+from moe.errors import InputError
 from moe.filling import Filling, batch_shards
+from moe.pages import PageTable, PoolShape
 from moe.requests import EngineConfig, Event, QueueFullError, Request, Token, check_request
 from moe.sampling import Sampling, sampling_rows
 from moe.transformer import Transformer
@@ -40,19 +42,22 @@ class _Row:
 class Engine:
     """Writes requests as they come, on one thread.
 
-    The cache has as many slots as its longest row needs, in powers of two, and is given back when
-    nothing is left to write. Prompts are run a chunk at a time between the tokens of other rows. No
-    request depends on those beside it.
+    Keys, values and latents are kept in pages (`moe.pages`): a row takes one as its text grows into
+    it, and gives all back when it ends. There are at most twice as many as were ever held together,
+    until nothing is left to write. Prompts are run a chunk at a time, in a cache of their own,
+    between the tokens of other rows. No request depends on those beside it.
 
     Args:
         model: what to write with.
         params: the parameters, or all the variables.
-        config: its limits; on a mesh the rows must divide among the devices that split a batch.
+        config: its limits; on a mesh the rows must divide among the devices that split a batch,
+            each of which has pages of its own.
         vocab_size: ids below are written and named, where the model's vocabulary is wider than that
             of its tokenizer; None for all.
 
     Raises:
-        InputError: as `EngineConfig`, or where selection biases are missing.
+        InputError: as `EngineConfig`, where the rows do not divide, or where selection biases are
+            missing.
     """
 
     def __init__(
@@ -70,8 +75,10 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self._filling: Filling | None = None
+        self._places: dict[int, int] = {}
         self._active: list[_Row | None] = [None] * self.config.max_rows
         self._rows: Rows | None = None
+        self._pages = self._no_pages()
 
     @property
     def waiting(self) -> int:
@@ -94,6 +101,16 @@ class Engine:
         """Size of the rows' caches as they are now."""
         return 0 if self._rows is None else sum(x.nbytes for x in jax.tree.leaves(self._rows.cache))
 
+    @property
+    def pages_in_use(self) -> int:
+        """Pages that rows hold."""
+        return self._pages.in_use
+
+    @property
+    def pages(self) -> int:
+        """Pages that there are for rows, as they are now."""
+        return self._pages.total
+
     def submit(self, request: Request) -> int:
         """Takes a request and returns its number; nothing is computed yet.
 
@@ -102,7 +119,7 @@ class Engine:
             QueueFullError: where too many wait.
         """
         check_request(request, self.config, self._vocab_size)
-        if self.waiting >= self.config.max_waiting + self._free_rows():
+        if self.waiting >= self.config.max_waiting + self._pages.free_rows:
             raise QueueFullError(
                 f'{self.waiting} requests wait, as many as may (engine.max_waiting is '
                 f'{self.config.max_waiting}). Try again later.'
@@ -114,11 +131,13 @@ class Engine:
     def cancel(self, number: int) -> bool:
         """Forgets a request and frees its row at once; returns whether it was still under way."""
         found = self._waiting.pop(number, None) is not None
-        if self._filling is not None:
-            found |= self._filling.drop(number)
+        if self._filling is not None and self._filling.drop(number):
+            self._pages.free(self._places.pop(number))
+            found = True
         for at, row in enumerate(self._active):
             if row is not None and row.number == number:
-                self._active[at], found = None, True
+                self._end(at)
+                found = True
         self._give_back()
         return found
 
@@ -135,19 +154,29 @@ class Engine:
         if self._filling is not None and not self._filling.requests:
             self._filling = None
         if self._filling is None and not any(self._active):
-            self._rows = None
+            self._rows, self._pages = None, self._no_pages()
 
-    def _free_rows(self) -> int:
-        taken = 0 if self._filling is None else len(self._filling.requests)
-        return self._active.count(None) - taken
+    def _no_pages(self) -> PageTable:
+        config, groups = self.config, batch_shards(self._model.mesh)
+        if config.max_rows % groups:
+            raise InputError(
+                f'engine.max_rows must be a multiple of {groups}, the parts that the mesh splits '
+                f'rows into; received {config.max_rows}.'
+            )
+        longest = config.pages_of(config.max_length)
+        most = longest * config.max_rows // groups if config.max_pages is None else config.max_pages
+        return PageTable(config.max_rows, groups, longest, most)
+
+    def _end(self, at: int) -> None:
+        self._active[at] = None
+        self._pages.free(at)
 
     def _fill(self) -> list[Event]:
         """Runs a chunk; after the last one the prompts enter free rows."""
         if self._filling is None:
-            count = min(batch_shards(self._model.mesh), self._free_rows(), self.waiting)
-            if not count:
+            taken = self._taken()
+            if not taken:
                 return []
-            taken = dict(self._waiting.popitem(last=False) for _ in range(count))
             self._filling = Filling(taken, self._model, self.config, self._vocab_size)
         filling = self._filling
         filling.run(prefill_chunk, self._model, self._variables)
@@ -156,44 +185,61 @@ class Engine:
         self._filling = None
         return self._enter(filling)
 
+    def _taken(self) -> dict[int, Request]:
+        """Takes requests in their order, as long as a row is free that may hold their pages."""
+        taken: dict[int, Request] = {}
+        while self._waiting and len(taken) < batch_shards(self._model.mesh):
+            number, request = next(iter(self._waiting.items()))
+            longest = len(request.prompt) + request.max_new_tokens
+            row = self._pages.take(self.config.pages_of(longest))
+            if row is None:
+                break
+            self._places[number], taken[number] = row, self._waiting.pop(number)
+        return taken
+
     def _enter(self, filling: Filling) -> list[Event]:
-        events, free = [], [at for at, row in enumerate(self._active) if row is None]
+        events = []
         at = np.full(filling.batch, self.config.max_rows, np.int32)
         for place, number, request in filling.placed():
+            row = self._places.pop(number)
             ends = request.max_new_tokens == 0
             if request.score_prompt:
                 finish = 'length' if ends else None
                 events.append(Event(number, prompt=filling.scored(place), finish=finish))
-            if not ends:
-                at[place] = free.pop(0)
-                self._active[at[place]] = _Row(number, request)
+            if ends:
+                self._pages.free(row)
+            else:
+                at[place], self._active[row] = row, _Row(number, request)
         if (at < self.config.max_rows).any():
-            self._make_room(filling.num_slots)
-            assert self._rows is not None
-            new = grow_rows(self._model, filling.rows, self._num_slots())
-            self._rows = enter_rows(self._model, self._rows, new, filling.padding, at)
+            rows, table = self._with_room()
+            new, padding = filling.rows, filling.padding
+            self._rows = enter_rows(self._model, rows, table, new, padding, at)
         return events
 
-    def _num_slots(self) -> int:
-        return 0 if self._rows is None else self._rows.cache.segment_ids.shape[1]
-
-    def _make_room(self, slots: int) -> None:
-        """Gives the rows `slots` slots at least."""
+    def _with_room(self) -> tuple[Rows, np.ndarray]:
+        """Gives every row a slot for its next token; returns the rows, and the table of pages."""
+        for at, row in enumerate(self._active):
+            if row is not None:
+                self._pages.hold(at, self.config.pages_of(row.length + 1))
+        table, chunk = self._pages.table(), self.config.chunk
+        size = (table.shape[2] * chunk, PoolShape(*self._pages.shape, chunk))
         if self._rows is None:
-            self._rows = empty_rows(self._model, self.config.max_rows, slots)
-        elif self._num_slots() < slots:
-            self._rows = grow_rows(self._model, self._rows, slots)
+            self._rows = empty_rows(self._model, self.config.max_rows, *size)
+        elif self._size != size:
+            self._rows = resize_rows(self._model, self._rows, *size)
+        self._size = size
+        return self._rows, table
 
     def _write(self) -> list[Event]:
         active = [(at, row) for at, row in enumerate(self._active) if row is not None]
-        self._make_room(Filling.slots_for(max(row.length for _, row in active) + 1, self.config))
-        assert self._rows is not None
+        rows, table = self._with_room()
         top = self.config.max_top if any(row.request.top_log_probs for _, row in active) else 0
         requests = [None if row is None else row.request for row in self._active]
         self._rows, tokens, scores = write_token(
             self._model,
             self._variables,
-            self._rows,
+            rows,
+            table,
             np.array([row is not None for row in self._active]),
             sampling_rows([r.sampling if r else Sampling(0.0) for r in requests]),
             np.array([r.seed if r else 0 for r in requests], np.uint32),
@@ -213,7 +259,7 @@ class Engine:
         elif row.written == request.max_new_tokens:
             finish = 'length'
         if finish is not None:
-            self._active[at] = None
+            self._end(at)
         top = tuple(
             (int(id_), float(value))
             for id_, value in zip(scores.top_ids[at], scores.top_log_probs[at], strict=True)

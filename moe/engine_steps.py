@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from moe.attention_kinds import empty_cache
-from moe.cache_layout import compacted, constrain_cache, grown, inserted
+from moe.cache_layout import compacted, constrain_cache, inserted, resized
 from moe.decode import seen_tokens
+from moe.pages import PoolShape
 from moe.sampling import SamplingRows, log_probs_of, penalise, row_keys, sample
 from moe.transformer import Transformer, output_logits
 from moe.types import KVCache
@@ -50,10 +51,12 @@ class Scores(NamedTuple):
     top_log_probs: Float[Array, '*B top']
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'batch', 'num_slots'))
-def empty_rows(model: Transformer, batch: int, num_slots: int) -> Rows:
-    """Returns rows that hold nothing yet."""
-    cache = empty_cache(model.config, batch, num_slots)
+@functools.partial(jax.jit, static_argnames=('model', 'batch', 'num_slots', 'pool'))
+def empty_rows(
+    model: Transformer, batch: int, num_slots: int, pool: PoolShape | None = None
+) -> Rows:
+    """Returns rows that hold nothing yet, in pages where there is a pool."""
+    cache = empty_cache(model.config, batch, num_slots, pool=pool)
     V = model.config.vocab_size
     return Rows(
         cache=constrain_cache(model.config, cache, model.mesh),
@@ -62,11 +65,11 @@ def empty_rows(model: Transformer, batch: int, num_slots: int) -> Rows:
     )
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'num_slots'))
-def grow_rows(model: Transformer, rows: Rows, num_slots: int) -> Rows:
-    """Gives every row more slots."""
-    cache = grown(model.config, rows.cache, num_slots)
-    return dataclasses.replace(rows, cache=constrain_cache(model.config, cache, model.mesh))
+@functools.partial(jax.jit, static_argnames=('model', 'num_slots', 'pool'))
+def resize_rows(model: Transformer, rows: Rows, num_slots: int, pool: PoolShape) -> Rows:
+    """Gives rows as many slots each, which they must not have outgrown, and pools more pages."""
+    cache = resized(model.config, rows.cache, num_slots, pool, model.mesh)
+    return dataclasses.replace(rows, cache=cache)
 
 
 @functools.partial(
@@ -76,10 +79,10 @@ def prefill_chunk(
     model: Transformer,
     variables: Any,
     rows: Rows,
-    tokens: Int[Array, 'P C'],
-    mask: Bool[Array, 'P C'],
-    following: Int[Array, 'P C'],
-    padding: Int[Array, 'P'],
+    tokens: Int[Array, 'F C'],
+    mask: Bool[Array, 'F C'],
+    following: Int[Array, 'F C'],
+    padding: Int[Array, 'F'],
     *,
     score: bool,
     top: int,
@@ -124,12 +127,17 @@ def _scores(logits: Array, tokens: Array, top: int, vocab_size: int) -> Scores:
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='rows')
 def enter_rows(
-    model: Transformer, rows: Rows, new: Rows, padding: Int[Array, 'P'], at: Int[Array, 'P']
+    model: Transformer,
+    rows: Rows,
+    table: Int[Array, 'G R P'],
+    new: Rows,
+    padding: Int[Array, 'F'],
+    at: Int[Array, 'F'],
 ) -> Rows:
     """Puts prompts that have been run into rows, without their padding; `B` is no row."""
     config = model.config
     new_cache = compacted(config, new.cache, padding)
-    cache = inserted(config, rows.cache, new_cache, at)
+    cache = inserted(config, dataclasses.replace(rows.cache, table=table), new_cache, at)
     return Rows(
         cache=constrain_cache(config, cache, model.mesh),
         logits=rows.logits.at[at].set(new.logits, mode='drop'),
@@ -142,6 +150,7 @@ def write_token(
     model: Transformer,
     variables: Any,
     rows: Rows,
+    table: Int[Array, 'G R P'],
     active: Bool[Array, 'B'],
     sampling: SamplingRows,
     seeds: UInt[Array, 'B'],
@@ -162,9 +171,11 @@ def write_token(
     keys = row_keys(jax.vmap(jax.random.key)(seeds), written)
     new = sample(penalised, sampling, keys)
     scores = _scores(rows.logits, new, top, vocab_size)
-    output: Any = model.apply(variables, new[:, None], mask=active[:, None], cache=rows.cache)
-    length = rows.cache.length + active
-    cache = dataclasses.replace(output.cache, length=length)
+    # A row that is not active has no pages: what it writes goes to page 0.
+    length = jnp.where(active, rows.cache.length, 0)
+    cache = dataclasses.replace(rows.cache, table=table, length=length)
+    output: Any = model.apply(variables, new[:, None], mask=active[:, None], cache=cache)
+    cache = dataclasses.replace(output.cache, length=length + active)
     rows = Rows(
         cache=constrain_cache(model.config, cache, model.mesh),
         logits=output.logits[:, 0],

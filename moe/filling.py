@@ -54,15 +54,10 @@ class Filling:
         self._vocab_size = vocab_size
         self._scores: list[Scores] = []
         self._done = 0
-        self.num_slots = self.slots_for(shape[1], config)
-        self.rows: Rows = empty_rows(model, self.batch, self.num_slots)
-
-    @staticmethod
-    def slots_for(length: int, config: EngineConfig) -> int:
-        """Returns how many slots rows of this length get: chunks in a power of two."""
-        chunks = -(-length // config.chunk)
-        most = -(-config.max_length // config.chunk)
-        return config.chunk * min(1 << (chunks - 1).bit_length(), max(most, chunks))
+        # In a power of two, so that few programs are compiled.
+        chunks = shape[1] // config.chunk
+        chunks = min(1 << (chunks - 1).bit_length(), config.pages_of(config.max_length))
+        self.rows: Rows = empty_rows(model, self.batch, chunks * config.chunk)
 
     @property
     def complete(self) -> bool:

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from moe.activations import asked_for, note
 from moe.attention_context import AttentionContext
-from moe.cache_rows import write_rows
 from moe.config import LatentAttentionConfig, TransformerConfig
 from moe.dot_product import attention_and_highest
 from moe.layers import RMSNorm, kernel_init, linear, partitioned
@@ -71,9 +70,9 @@ class LatentAttention(nn.Module):
         latents = self._latents(x, context)
         absorbed = False
         if cache is not None:
-            assert context.start is not None
-            cache = LatentCache(write_rows(cache.latents, latents, context.start))
-            latents = cache.latents.astype(x.dtype)
+            latents, kept = context.extended(cache.latents, latents)
+            cache = LatentCache(kept)
+            latents = latents.astype(x.dtype)
             absorbed = absorbing_is_cheaper(config, x.shape[1], latents.shape[1])
         shape = (config.kv_rank, H, config.nope_dim + Dv)
         kv_up = self._kernel('kv_up', kernel_init(0, (1, 2)), shape, (None, *HEADS[2:]))

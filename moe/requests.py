@@ -21,9 +21,13 @@ class EngineConfig:
     Attributes:
         max_rows: how many requests are written at once.
         max_length: tokens of one request at most, its prompt among them.
-        chunk: how many tokens of a prompt are run at a time, between the tokens of other rows.
+        chunk: how many tokens of a prompt are run at a time, between the tokens of other rows; and
+            how many a page of the cache holds.
         max_waiting: how many requests may wait for a row.
         max_top: how many likeliest tokens a request may have named.
+        max_pages: pages that all rows may hold together, of each part that a mesh splits them into;
+            a request waits where those that are under way may yet need the pages that it may. None
+            for as many as `max_rows` of `max_length` hold.
     """
 
     max_rows: int = 8
@@ -31,16 +35,30 @@ class EngineConfig:
     chunk: int = 64
     max_waiting: int = 256
     max_top: int = 20
+    max_pages: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == 'max_pages' and value is None:
+                continue
             least = 0 if field.name in ('max_top', 'max_waiting') else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(
                     f'engine.{field.name} must be an integer of at least {least}; received '
                     f'{value!r}.'
                 )
+        longest = self.pages_of(self.max_length)
+        if self.max_pages is not None and self.max_pages < longest:
+            raise InputError(
+                f'engine.max_pages must be at least {longest}, as many as a text of max_length='
+                f'{self.max_length} tokens takes at {self.chunk} a page; received '
+                f'{self.max_pages}. Raise it, or lower max_length.'
+            )
+
+    def pages_of(self, length: int) -> int:
+        """Returns how many pages so many tokens take."""
+        return -(-length // self.chunk)
 
 
 @dataclasses.dataclass(frozen=True)

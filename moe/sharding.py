@@ -111,6 +111,7 @@ class LogicalRules:
     vocab: tuple[str, ...] = ('tensor',)
     experts: tuple[str, ...] = ('expert',)
     layers: tuple[str, ...] = ()
+    pages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -66,12 +66,16 @@ class KVCache:
         segment_ids: of the tokens so far; 0 marks an empty slot or padding.
         length: slots of each row filled so far; its next token is written here.
         slack: how many slots more than their window the rings of windowed layers have.
+        table: of a cache in pages, see `moe.pages`: the pages that each row's slots are in. Keys,
+            values and latents of layers without a window are then pools [G, N, page, ...]; segment
+            ids, rings and states are of rows all the same. None where a row's slots lie in order.
     """
 
     layers: tuple[Any, ...]
     segment_ids: Int[Array, 'B S']
     length: Int[Array, 'B']
     slack: int = flax.struct.field(pytree_node=False, default=0)
+    table: Int[Array, 'G R P'] | None = None
 
 
 @flax.struct.dataclass
