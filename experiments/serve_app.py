@@ -112,7 +112,9 @@ class App:
             'cancelled_total': counters.cancelled,
             'rejected_total': counters.rejected,
             'requests_under_way': worker.under_way,
-            'cache_bytes': worker.cache_bytes,
+            'cache_bytes': worker.cache_use.bytes,
+            'cache_pages': worker.cache_use.pages,
+            'cache_pages_in_use': worker.cache_use.pages_in_use,
         }
         lines = []
         for name, value in values.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from absl import logging
 
 from moe.engine import Engine
-from moe.requests import Event, QueueFullError, Request, check_request
+from moe.requests import CacheUse, Event, QueueFullError, Request, check_request
 
 # Called on the engine's thread; None says that the engine has failed.
 Sink = Callable[[Event | None], None]
@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, engine: Engine, vocab_size: int) -> None:
         self.config = engine.config
         self.counters = Counters()
-        self.cache_bytes = 0
+        self.cache_use = CacheUse()
         self.healthy = True
         self._engine = engine
         self._vocab_size = vocab_size
@@ -105,9 +105,10 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._take():
-                for event in self._engine.step():
+                events = self._engine.step()
+                self.cache_use = self._engine.cache_use
+                for event in events:
                     self._answer(event)
-                self.cache_bytes = self._engine.cache_bytes
         except Exception:
             logging.exception('The engine has failed; requests are refused from now on.')
             self.healthy = False

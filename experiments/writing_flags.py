@@ -17,6 +17,11 @@ CHECKPOINT = flags.DEFINE_string(
 )
 ROWS = flags.DEFINE_integer('rows', 8, 'Texts written at once.', lower_bound=1)
 MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text.', lower_bound=2)
+MAX_PAGES = flags.DEFINE_integer(
+    'max_pages',
+    None,
+    'Of 64 tokens, in the cache of all texts on each of --data; others wait.',
+)
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
 DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)
 WEIGHTS = flags.DEFINE_enum('weights', None, list(FORMATS), 'To quantise to, see moe.quantised.')
@@ -41,6 +46,7 @@ def loaded_engine(*, max_waiting: int) -> tuple[Loaded, Engine]:
         max_waiting: requests that may wait for a row.
     """
     loaded = loaded_model(cli.required(CHECKPOINT))
-    config = EngineConfig(ROWS.value, MAX_LENGTH.value, max_waiting=max_waiting)
+    limits = {'max_waiting': max_waiting, 'max_pages': MAX_PAGES.value}
+    config = EngineConfig(ROWS.value, MAX_LENGTH.value, **limits)
     vocab_size = loaded.tokenizer.vocab_size
     return loaded, Engine(loaded.model, loaded.variables, config, vocab_size=vocab_size)

@@ -105,14 +105,15 @@ def empty_cache(
         if pool is None or not grows(kind.attention):
             return empty_layer_cache(kind.attention, batch, num_slots, kept, slack)
         pages = empty_layer_cache(kind.attention, pool.pages, pool.page_size, kept)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (pool.groups, *x.shape)), pages)
+        return stacked(pages, pool.groups)
 
-    def stacked(kind: LayerKind, repeats: int) -> LayerCache:
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), of_kind(kind))
+    def stacked(cache: LayerCache, repeats: int) -> LayerCache:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), cache)
 
     kinds = layer_kinds(config)
     if config.scan_layers:
-        layers = [stacked(k, group.repeats) for group in layer_groups(kinds) for k in group.pattern]
+        groups = layer_groups(kinds)
+        layers = [stacked(of_kind(k), group.repeats) for group in groups for k in group.pattern]
     else:
         layers = [of_kind(kind) for kind in kinds]
     table = None

@@ -18,10 +18,17 @@ from moe.engine_steps import (
     resize_rows,
     write_token,
 )
-from moe.errors import InputError
 from moe.filling import Filling, batch_shards
 from moe.pages import PageTable, PoolShape
-from moe.requests import EngineConfig, Event, QueueFullError, Request, Token, check_request
+from moe.requests import (
+    CacheUse,
+    EngineConfig,
+    Event,
+    QueueFullError,
+    Request,
+    Token,
+    check_request,
+)
 from moe.sampling import Sampling, sampling_rows
 from moe.transformer import Transformer
 
@@ -43,9 +50,10 @@ class Engine:
     """Writes requests as they come, on one thread.
 
     Keys, values and latents are kept in pages (`moe.pages`): a row takes one as its text grows into
-    it, and gives all back when it ends. There are at most twice as many as were ever held together,
-    until nothing is left to write. Prompts are run a chunk at a time, in a cache of their own,
-    between the tokens of other rows. No request depends on those beside it.
+    it, and gives all back when it ends; a token reads as many of each row as the longest one holds,
+    in a power of two. There is a page for each row at first, and twice as many whenever they do not
+    suffice, until nothing is left to write. Prompts are run a chunk at a time, in a cache of their
+    own, between the tokens of other rows. No request depends on those beside it.
 
     Args:
         model: what to write with.
@@ -75,9 +83,10 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self._filling: Filling | None = None
-        self._places: dict[int, int] = {}
+        self._places: dict[int, int] = {}  # the row of each that is being read or written
         self._active: list[_Row | None] = [None] * self.config.max_rows
         self._rows: Rows | None = None
+        self._size: tuple[int, PoolShape] | None = None
         self._pages = self._no_pages()
 
     @property
@@ -88,8 +97,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are being read or written."""
-        filling = 0 if self._filling is None else len(self._filling.requests)
-        return filling + sum(row is not None for row in self._active)
+        return len(self._places)
 
     @property
     def idle(self) -> bool:
@@ -97,19 +105,10 @@ class Engine:
         return not self.waiting and not self.running
 
     @property
-    def cache_bytes(self) -> int:
-        """Size of the rows' caches as they are now."""
-        return 0 if self._rows is None else sum(x.nbytes for x in jax.tree.leaves(self._rows.cache))
-
-    @property
-    def pages_in_use(self) -> int:
-        """Pages that rows hold."""
-        return self._pages.in_use
-
-    @property
-    def pages(self) -> int:
-        """Pages that there are for rows, as they are now."""
-        return self._pages.total
+    def cache_use(self) -> CacheUse:
+        """What the rows' caches take now."""
+        leaves = [] if self._rows is None else jax.tree.leaves(self._rows.cache)
+        return CacheUse(sum(x.nbytes for x in leaves), self._pages.total, self._pages.in_use)
 
     def submit(self, request: Request) -> int:
         """Takes a request and returns its number; nothing is computed yet.
@@ -130,16 +129,13 @@ class Engine:
 
     def cancel(self, number: int) -> bool:
         """Forgets a request and frees its row at once; returns whether it was still under way."""
-        found = self._waiting.pop(number, None) is not None
-        if self._filling is not None and self._filling.drop(number):
-            self._pages.free(self._places.pop(number))
-            found = True
-        for at, row in enumerate(self._active):
-            if row is not None and row.number == number:
-                self._end(at)
-                found = True
+        if number not in self._places:
+            return self._waiting.pop(number, None) is not None
+        if self._filling is not None:
+            self._filling.drop(number)
+        self._end(number)
         self._give_back()
-        return found
+        return True
 
     def step(self) -> list[Event]:
         """Runs one chunk of the next prompts, where a row is free, and writes a token a row."""
@@ -153,21 +149,17 @@ class Engine:
         """Frees the caches that nothing is left to be written in."""
         if self._filling is not None and not self._filling.requests:
             self._filling = None
-        if self._filling is None and not any(self._active):
+        if not self._places:
             self._rows, self._pages = None, self._no_pages()
 
     def _no_pages(self) -> PageTable:
         config, groups = self.config, batch_shards(self._model.mesh)
-        if config.max_rows % groups:
-            raise InputError(
-                f'engine.max_rows must be a multiple of {groups}, the parts that the mesh splits '
-                f'rows into; received {config.max_rows}.'
-            )
         longest = config.pages_of(config.max_length)
         most = longest * config.max_rows // groups if config.max_pages is None else config.max_pages
         return PageTable(config.max_rows, groups, longest, most)
 
-    def _end(self, at: int) -> None:
+    def _end(self, number: int) -> None:
+        at = self._places.pop(number)
         self._active[at] = None
         self._pages.free(at)
 
@@ -201,19 +193,18 @@ class Engine:
         events = []
         at = np.full(filling.batch, self.config.max_rows, np.int32)
         for place, number, request in filling.placed():
-            row = self._places.pop(number)
             ends = request.max_new_tokens == 0
             if request.score_prompt:
                 finish = 'length' if ends else None
                 events.append(Event(number, prompt=filling.scored(place), finish=finish))
             if ends:
-                self._pages.free(row)
+                self._end(number)
             else:
-                at[place], self._active[row] = row, _Row(number, request)
+                at[place] = self._places[number]
+                self._active[at[place]] = _Row(number, request)
         if (at < self.config.max_rows).any():
-            rows, table = self._with_room()
-            new, padding = filling.rows, filling.padding
-            self._rows = enter_rows(self._model, rows, table, new, padding, at)
+            operands = (*self._with_room(), filling.rows, filling.padding, at)
+            self._rows = enter_rows(self._model, *operands)
         return events
 
     def _with_room(self) -> tuple[Rows, np.ndarray]:
@@ -222,13 +213,13 @@ class Engine:
             if row is not None:
                 self._pages.hold(at, self.config.pages_of(row.length + 1))
         table, chunk = self._pages.table(), self.config.chunk
-        size = (table.shape[2] * chunk, PoolShape(*self._pages.shape, chunk))
-        if self._rows is None:
-            self._rows = empty_rows(self._model, self.config.max_rows, *size)
+        size, rows = (table.shape[2] * chunk, PoolShape(*self._pages.shape, chunk)), self._rows
+        if rows is None:
+            rows = empty_rows(self._model, self.config.max_rows, *size)
         elif self._size != size:
-            self._rows = resize_rows(self._model, self._rows, *size)
-        self._size = size
-        return self._rows, table
+            rows = resize_rows(self._model, rows, *size)
+        self._rows, self._size = rows, size  # smaller pools are not kept beside larger ones
+        return rows, table
 
     def _write(self) -> list[Event]:
         active = [(at, row) for at, row in enumerate(self._active) if row is not None]
@@ -259,7 +250,7 @@ class Engine:
         elif row.written == request.max_new_tokens:
             finish = 'length'
         if finish is not None:
-            self._end(at)
+            self._end(row.number)
         top = tuple(
             (int(id_), float(value))
             for id_, value in zip(scores.top_ids[at], scores.top_log_probs[at], strict=True)

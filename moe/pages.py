@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from moe.errors import InputError
+
 
 class PoolShape(NamedTuple):
     """How large a pool is.
@@ -86,9 +88,17 @@ class PageTable:
         groups: that rows are split into, in order.
         longest: pages of one row at most.
         most: pages promised in each group at most.
+
+    Raises:
+        InputError: where the rows do not divide among the groups.
     """
 
     def __init__(self, rows: int, groups: int, longest: int, most: int) -> None:
+        if rows % groups:
+            raise InputError(
+                f'max_rows must be a multiple of {groups}, the parts that the mesh splits rows '
+                f'into; received {rows}.'
+            )
         self._longest, self._most = longest, most
         self._rows_each = rows // groups
         self._promised = [0] * rows

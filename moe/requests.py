@@ -117,6 +117,21 @@ class Event:
     finish: Finish | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class CacheUse:
+    """What the caches of an engine's rows take.
+
+    Attributes:
+        bytes: of all of them, on all devices.
+        pages: that there are for rows.
+        pages_in_use: of those the ones that rows hold.
+    """
+
+    bytes: int = 0
+    pages: int = 0
+    pages_in_use: int = 0
+
+
 def check_request(request: Request, config: EngineConfig, vocab: int) -> None:
     """Raises an `InputError` for what an engine of this config cannot do with this vocabulary."""
     length = len(request.prompt)

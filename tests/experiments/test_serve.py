@@ -190,8 +190,10 @@ def test_a_dropped_connection_frees_its_rows(served, monkeypatch):
     stream = served.client.completions.create(**how, n=2, stream=True)
     next(iter(stream))
     assert served.metric('requests_under_way') == 2
+    assert 1 <= served.metric('cache_pages_in_use') <= served.metric('cache_pages')
     stream.close()
     wait_until(lambda: served.metric('cancelled_total') == cancelled + 2)
+    wait_until(lambda: served.metric('cache_pages') == 0)
     assert served.metric('requests_under_way') == 0
     # One who hangs up while nothing has been answered yet.
     connection = http.client.HTTPConnection(served.url.removeprefix('http://'))

@@ -22,7 +22,7 @@ from moe.config import (
 from moe.decode import write
 from moe.engine import Engine
 from moe.errors import InputError
-from moe.requests import EngineConfig, QueueFullError, Request
+from moe.requests import CacheUse, EngineConfig, QueueFullError, Request
 from moe.sampling import Sampling
 from moe.sharding import MeshConfig, make_mesh, variable_shardings
 from moe.transformer import Transformer
@@ -107,15 +107,15 @@ def assert_as_alone(model: Transformer, request: Request, tokens: list) -> None:
 @pytest.mark.parametrize('kinds', [('grouped',), ('window', 'linear', 'latent', 'grouped')])
 def test_every_request_is_written_as_it_would_be_alone(kinds):
     model = model_of(*kinds)
-    # Of the mixed one in small chunks, in a cache that grows.
-    small = dataclasses.replace(SETTINGS, max_length=24)
+    # Of the mixed one in small chunks, in a cache that grows and shrinks.
+    small = dataclasses.replace(SETTINGS, max_length=24, chunk=8)
     settings = FEW_PROGRAMS if len(kinds) == 1 else small
     engine = Engine(model, variables_of(model), settings)
     numbers = [engine.submit(request) for request in REQUESTS]
     texts = texts_of(finish(engine))
     for number, request in zip(numbers, REQUESTS, strict=True):
         assert_as_alone(model, request, texts[number])
-    assert engine.cache_bytes == 0
+    assert engine.cache_use == CacheUse(0, 0, 0)
 
 
 def test_texts_end_as_they_say_and_rows_are_refilled():
@@ -141,7 +141,9 @@ def test_cancelling_frees_a_row_and_leaves_the_others_as_they_are():
     numbers = [engine.submit(request) for request in REQUESTS]
     events = [event for _ in range(5) for event in engine.step()]
     assert engine.running == 3
+    assert engine.cache_use.pages_in_use == 3
     assert engine.cancel(numbers[0])
+    assert engine.cache_use.pages_in_use == 2
     assert engine.cancel(numbers[5])  # it waits
     assert not engine.cancel(numbers[0])
     events += finish(engine)
@@ -150,6 +152,7 @@ def test_cancelling_frees_a_row_and_leaves_the_others_as_they_are():
     assert numbers[5] not in texts
     for at in (1, 2, 3, 4):
         assert_as_alone(model, REQUESTS[at], texts[numbers[at]])
+    assert engine.cache_use == CacheUse(0, 0, 0)
 
 
 def test_a_prompt_cancelled_while_it_is_read_is_never_written():
@@ -183,18 +186,42 @@ def test_prompts_are_scored_by_the_full_forward():
         np.testing.assert_allclose([v for _, v in token.top], expected[at, best], atol=1e-4)
 
 
-def test_the_cache_has_the_size_of_its_longest_row():
+def test_short_rows_beside_a_long_one_take_no_more_than_their_own_pages():
     model = model_of('grouped')
-    engine = Engine(model, variables_of(model), SETTINGS)
-    engine.submit(Request(prompt_of(3), 20))
-    sizes = []
-    while not engine.idle:
+    settings = EngineConfig(max_rows=8, max_length=128, chunk=16)
+    engine = Engine(model, variables_of(model), settings)
+    engine.submit(Request(prompt_of(60), 20))
+    for _ in range(7):
+        engine.submit(Request(prompt_of(1), 12))
+    while len(engine.step()) < 8:
+        pass
+    # Of the long row five pages, one of each short row: more than eight, so sixteen and page 0.
+    page = 2 * 16 * 2 * 8 * 4  # keys and values of sixteen slots, two heads of eight float32
+    segments, lengths, table = 8 * 8 * 16 * 4, 8 * 4, 8 * 8 * 4
+    size = 17 * page + segments + lengths + table
+    assert engine.cache_use == CacheUse(size, pages=16, pages_in_use=12)
+    while engine.running > 1:
         engine.step()
-        sizes.append(engine.cache_bytes)
-    per_slot = 3 * (2 * 2 * 8 * 4 + 4)  # three rows of keys and values, and of segments
-    slots = [(size - 3 * 4) // per_slot for size in sizes if size]
-    assert sorted(set(slots)) == [4, 8, 16, 32]
-    assert slots == sorted(slots)
+    assert engine.cache_use.pages_in_use == 5
+    finish(engine)
+    assert engine.cache_use == CacheUse(0, 0, 0)
+
+
+def test_a_request_waits_for_pages_that_others_may_yet_need():
+    model = model_of('grouped')
+    engine = Engine(model, variables_of(model), dataclasses.replace(FEW_PROGRAMS, max_pages=3))
+    numbers = [engine.submit(request) for request in REQUESTS]
+    events, together = [], []
+    while not engine.idle:
+        events += engine.step()
+        assert engine.cache_use.pages_in_use <= 3
+        together.append((engine.running, engine.waiting))
+    # The fifth may need two pages: it waits for two rows to end, and the sixth behind it.
+    assert (3, 3) in together
+    assert (2, 2) in together
+    texts = texts_of(events)
+    for number, request in zip(numbers, REQUESTS, strict=True):
+        assert_as_alone(model, request, texts[number])
 
 
 def test_what_cannot_be_written_is_refused_in_words():
@@ -218,6 +245,8 @@ def test_what_cannot_be_written_is_refused_in_words():
         engine.submit(good)
     with pytest.raises(InputError, match=r'engine\.chunk'):
         EngineConfig(chunk=0)
+    with pytest.raises(InputError, match=r'max_pages must be at least 10.*received 9'):
+        dataclasses.replace(SETTINGS, max_pages=9)
 
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -228,6 +257,8 @@ def test_on_a_mesh_every_request_is_written_as_on_one_device():
     mesh = make_mesh(MESH)
     model = plain.clone(mesh=mesh)
     placed = jax.device_put(variables_of(plain), variable_shardings(model, mesh))
+    with pytest.raises(InputError, match='max_rows must be a multiple of 4'):
+        Engine(model, placed, FEW_PROGRAMS)
     engine = Engine(model, placed, dataclasses.replace(FEW_PROGRAMS, max_rows=4))
     numbers = [engine.submit(request) for request in REQUESTS]
     events = [event for _ in range(5) for event in engine.step()]
