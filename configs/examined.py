@@ -3,8 +3,8 @@
     pip install -e '.[eval]'
     python -m experiments.launch --config=configs/examined.py --workdir=runs/examined
 
-GSM8K, where its files are here: --config.exams.gsm8k.test=test.jsonl
---config.exams.gsm8k.train=train.jsonl --config.exams.max_length=2048
+GSM8K too, where its file is here: --config.exams.gsm8k.test=PATH --config.exams.gsm8k.shots=0
+--config.exams.max_length=2048
 
 Hardware: two CPU cores (x86-64), 2 GB of memory. Time: 6.4 minutes of processor time, 40 by the
 clock on a machine that had much other work to do; the exams alone take 25 seconds.
