@@ -13,7 +13,8 @@ from distill.prompts import Completions, Prompts, Sequences, as_rows, cut_prompt
 from distill.replay import ReplayBuffer, empty_buffer, remembered, replayable, replayed
 from distill.types import WRITERS, Batch
 from distill.writers import STUDENT, TEXT, choose_writers
-from moe.decode import Sampling, continue_rows
+from moe.decode import continue_rows
+from moe.sampling import Sampling
 from moe.transformer import Transformer
 
 # Apart from the keys that other draws of a step are made of, which are folded with its number.

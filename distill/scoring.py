@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from distill.eval_step import in_chunks
 from distill.evaluate import placed
-from moe.decode import checked_variables, dropless
 from moe.errors import InputError
 from moe.filling import batch_shards
 from moe.sampling import log_probs_of
 from moe.sharding import constrain
 from moe.transformer import Transformer, output_logits
+from moe.writing_inputs import checked_variables, dropless
 
 # A context and its continuation, as ids.
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -11,8 +11,9 @@ from distill.data import EvaluationSet
 from distill.tokenizer import Tokenizer
 from experiments.context import Context
 from experiments.fit import batch_shards
-from moe.decode import generate, pad_prompts
+from moe.decode import generate
 from moe.transformer import Transformer
+from moe.writing_inputs import pad_prompts
 
 # Tokens of held-out text that a model is given, where a row has twice as many.
 _BEGINNING = 32

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe.decode import checked_variables, dropless
 from moe.engine_steps import (
     Rows,
     Scores,
@@ -31,6 +30,7 @@ from moe.requests import (
 )
 from moe.sampling import Sampling, sampling_rows
 from moe.transformer import Transformer
+from moe.writing_inputs import checked_variables, dropless
 
 
 @dataclasses.dataclass

@@ -10,17 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe.decode import (
-    Prompts,
-    Written,
-    check_writing,
-    checked_variables,
-    dropless,
-    keys_of,
-    pad_prompts,
-    sampling_of,
-    seen_tokens,
-)
+from moe.decode import Prompts, Written, seen_tokens
 from moe.drafts import Draft, ModelDraft, Proposal, Text, advanced, prefill
 from moe.errors import InputError
 from moe.module_draft import ModuleDraft
@@ -35,6 +25,14 @@ from moe.sampling import (
 )
 from moe.transformer import Transformer, output_logits
 from moe.types import KVCache
+from moe.writing_inputs import (
+    check_writing,
+    checked_variables,
+    dropless,
+    keys_of,
+    pad_prompts,
+    sampling_of,
+)
 
 
 @flax.struct.dataclass
