@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from experiments.study import StudyConfig
 from moe.errors import InputError
+from moe.quantising import quantised_shardings
 from moe.sharding import batch_sharding, variable_shardings
 from moe.transformer import Transformer
 
@@ -17,6 +18,8 @@ def batch_shards(mesh: Mesh) -> int:
 
 def require_fit(study: StudyConfig, mesh: Mesh, teacher_mesh: Mesh | None = None) -> None:
     """Refuses batches and models that the mesh does not divide, nor that of the teacher.
+
+    Of a teacher whose matrices are quantised no group of numbers may be split either.
 
     Raises:
         InputError: names the key, or the parameter.
@@ -63,3 +66,10 @@ def require_fit(study: StudyConfig, mesh: Mesh, teacher_mesh: Mesh | None = None
             variable_shardings(Transformer(config), its)
         except InputError as error:
             raise InputError(f'{what} does not fit the mesh. {error}') from error
+    if study.teacher.weights is not None:
+        try:
+            quantised_shardings(
+                Transformer(study.teacher.model, teacher_mesh), study.teacher.weights
+            )
+        except InputError as error:
+            raise InputError(f'config.teacher.weights do not fit the mesh. {error}') from error

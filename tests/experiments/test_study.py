@@ -321,6 +321,22 @@ def test_parts_that_the_teachers_own_mesh_does_not_split_are_named():
         require_fit(built(teacher__micro_batches=4), *both)
 
 
+def test_groups_of_numbers_that_the_teachers_mesh_would_split_are_named():
+    """Of 128 inputs 64 share a scale: two groups, which four devices cannot have whole."""
+    moe = get_config().student.model.moe
+    moe.router.selection_bias = False
+    study = built(teacher__model__moe=moe, teacher__model__embed_dim=128)
+    study = dataclasses.replace(study, mesh=MeshConfig(data=2, fsdp=4))
+    mesh, two = make_mesh(study.mesh), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    in_groups = dataclasses.replace(study.teacher, weights='int4_experts')
+    study = dataclasses.replace(study, teacher=dataclasses.replace(in_groups, weights='int8'))
+    require_fit(study, mesh)
+    study = dataclasses.replace(study, teacher=in_groups)
+    require_fit(study, mesh, two)
+    with pytest.raises(InputError, match=r'config\.teacher\.weights do not fit .* group of inputs'):
+        require_fit(study, mesh)
+
+
 def test_every_option_of_every_method_is_a_key_of_init():
     fields = {field.name for field in dataclasses.fields(InitConfig)}
     options = {name for method in METHODS for name in method_options(method)}
