@@ -103,6 +103,11 @@ class ExamConfig:
                 f'exams.system needs exams.chat=True; received {self.system!r} and False. Set it, '
                 'or leave the system turn out.'
             )
+        if not (self.multiturn or self.chat):
+            raise InputError(
+                'exams.multiturn=False is of conversations, with exams.chat=True; received False. '
+                'Set it, or leave multiturn at True.'
+            )
         longest = max(self.needle.lengths, default=0)
         require(
             longest <= self.max_length,

@@ -246,6 +246,7 @@ def test_what_is_not_there_is_found_out_before_training(files, tmp_path):
         (lambda: NeedleConfig((9,), (1.5,)), 'needle.depths must be one or more, from 0 to 1'),
         (lambda: NeedleConfig((9,), keys=1), 'needle.keys must be 2 to 8'),
         (lambda: ExamConfig(system='Be brief.'), 'exams.system needs exams.chat=True'),
+        (lambda: ExamConfig(multiturn=False), 'exams.multiturn=False is of conversations'),
         (lambda: ExamConfig(limit=0), 'exams.limit must be positive'),
         (lambda: ExamConfig(needle=NeedleConfig((4096,))), 'at least the longest of needle'),
     ],

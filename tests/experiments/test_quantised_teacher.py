@@ -29,6 +29,9 @@ def of(weights):
 def test_it_teaches_from_fewer_bytes(monkeypatch, loaded):
     monkeypatch.setattr(teaching, 'load_teacher', lambda context, mesh=None: loaded)
     assert teaching.load_teaching(of(None))[1] is loaded[1]
+    # Beside the student too.
+    assert teaching.online_teacher(of(None))[1] is loaded[1]
+    assert 'quantised' in teaching.online_teacher(of('int8'))[1]
     for weights, forms in FORMATS.items():
         variables = teaching.load_teaching(of(weights))[1]
         head = variables['quantised']['head']['kernel']
