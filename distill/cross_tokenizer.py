@@ -20,7 +20,6 @@ from distill.views import log_softmax
 from moe.errors import InputError
 
 Pair = tuple[Float[Array, ''], Float[Array, '']]
-Merged = Float[Array, 'G V']
 
 
 @dataclasses.dataclass(frozen=True)
