@@ -20,7 +20,7 @@ MAX_LENGTH = flags.DEFINE_integer('max_length', 4096, 'Tokens of prompt and text
 MAX_PAGES = flags.DEFINE_integer(
     'max_pages',
     None,
-    'Of 64 tokens, in the cache of all texts on each of --data; others wait.',
+    'Of 64 tokens, in the cache of each part that a mesh splits the texts into; others wait.',
 )
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'To compute in.')
 DATA = flags.DEFINE_integer('data', 1, 'Devices that the texts are split over.', lower_bound=1)

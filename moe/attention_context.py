@@ -54,7 +54,11 @@ class AttentionContext:
             kept = write_rows(kept, new, self.start)
             return kept, kept
         kept = write_pages(kept, new, self.start, self.table)
-        return read_pages(kept, self.table), kept
+        rows = read_pages(kept, self.table)
+        # What other rows have left behind may not be finite: zero times it is not nothing.
+        written = jnp.arange(rows.shape[1]) < self.start[:, None] + new.shape[1]
+        written = written.reshape(*written.shape, *(1,) * (rows.ndim - 2))
+        return jnp.where(written, rows, jnp.zeros_like(rows)), kept
 
 
 def segment_positions(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:

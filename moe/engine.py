@@ -91,7 +91,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that no row is free for yet."""
+        """Requests that have no row yet."""
         return len(self._waiting)
 
     @property

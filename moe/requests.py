@@ -122,7 +122,7 @@ class CacheUse:
     """What the caches of an engine's rows take.
 
     Attributes:
-        bytes: of all of them, on all devices.
+        bytes: of all of them; what several devices hold alike counts once.
         pages: that there are for rows.
         pages_in_use: of those the ones that rows hold.
     """
