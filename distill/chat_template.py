@@ -43,11 +43,13 @@ class ChatTemplate:
                 'tokenizer_config.json; it has none. Give plain text to this model, or add the '
                 'template that it was trained with.'
             )
-        self._tokens = {
+        # A token that a folder leaves null is undefined, and written as nothing.
+        named = {
             name: token.get('content') if isinstance(token, dict) else token
             for name, token in settings.items()
             if name.endswith('_token')
         }
+        self._tokens = {name: token for name, token in named.items() if isinstance(token, str)}
         self._template = _compile(source, folder)
         self.source: str = source
         content = json.dumps([source, self._tokens], sort_keys=True)
@@ -69,6 +71,9 @@ class ChatTemplate:
             return self._template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
+                # As `transformers` renders: there, and none.
+                tools=None,
+                documents=None,
                 **self._tokens,
             )
         except Exception as error:  # the template's code may fail in any way
@@ -104,8 +109,10 @@ def has_template(path: str | os.PathLike[str]) -> bool:
 
 
 def _settings(folder: pathlib.Path) -> dict[str, Any]:
-    file = folder / 'tokenizer_config.json'
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """Reads the settings, and the special tokens where they are in a file of their own."""
+    files = (folder / name for name in ('special_tokens_map.json', 'tokenizer_config.json'))
+    read = [json.loads(file.read_text()) for file in files if file.is_file()]
+    return {name: value for values in read for name, value in values.items()}
 
 
 def _source(folder: pathlib.Path, settings: Mapping[str, Any]) -> str | None:

@@ -17,6 +17,8 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {% if add_generation_prompt %}<assistant>{% endif %}"""
 MESSAGES = [{'role': 'user', 'content': '1 < 2?'}, {'role': 'assistant', 'content': 'yes'}]
 
+SPECIAL = '{{ bos_token }},{{ eos_token }},{{ add_bos_token }}'
+
 
 def folder_with(path: Path, template: str | None) -> Path:
     settings = {'bos_token': '[', 'eos_token': {'content': ']'}, 'chat_template': template}
@@ -35,6 +37,19 @@ def test_a_conversation_by_hand(tmp_path: Path) -> None:
     assert template.render(MESSAGES) == '[<user>1 < 2?]\n<assistant>yes]\n'
     prompt = template.render(MESSAGES[:1], add_generation_prompt=True)
     assert prompt == '[<user>1 < 2?]\n<assistant>'
+
+
+def test_special_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    """They may be in a file of their own, and one that is null is none, rather than a word."""
+    settings = {'eos_token': None, 'add_bos_token': True, 'chat_template': SPECIAL}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+    (tmp_path / 'special_tokens_map.json').write_text(json.dumps({'bos_token': {'content': '<s>'}}))
+    assert ChatTemplate(tmp_path).render(MESSAGES[:1]) == '<s>,,'
+
+
+def test_tools_and_documents_are_none(tmp_path: Path) -> None:
+    folder_with(tmp_path, '{% if tools is not none or documents is not none %}Tools:{% endif %}')
+    assert not ChatTemplate(tmp_path).render(MESSAGES)
 
 
 def test_a_turn_that_is_begun_stays_open(tmp_path: Path) -> None:
