@@ -5,6 +5,7 @@
     python -m experiments.benchmark loss    the fused head and KL beside its bare matrix products
     python -m experiments.benchmark step    a distillation step beside its bare matrix products
     python -m experiments.benchmark decode  tokens a second beside memory's speed and transformers
+    python -m experiments.benchmark engine  continuous batching beside one batch; memory of its pages
     python -m experiments.benchmark load    a published model's loading beside its largest tensor
     python -m experiments.benchmark cache   targets on disk: bytes, reading, what writing adds
 
@@ -24,6 +25,7 @@ from absl import flags
 from experiments import benchmark_peer, cli
 from experiments.benchmark_cache import cache_rows
 from experiments.benchmark_decode import decode_rows
+from experiments.benchmark_engine import engine_rows
 from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import ROWS, loss_rows, memory_rows
 from experiments.benchmark_moe import EXPERT_SHAPES, moe_rows
@@ -103,6 +105,10 @@ def _decode() -> Iterator[Row]:
     return decode_rows(repeats=_REPEATS.value)
 
 
+def _engine() -> Iterator[Row]:
+    return engine_rows(repeats=_REPEATS.value)
+
+
 def _cache() -> Iterator[Row]:
     return cache_rows(_SOURCE.value, repeats=_REPEATS.value)
 
@@ -113,6 +119,7 @@ COMMANDS: dict[str, Callable[[], Iterable[Row]]] = {
     'loss': _loss,
     'step': _step,
     'decode': _decode,
+    'engine': _engine,
     'load': load_rows,
     'cache': _cache,
 }
