@@ -321,7 +321,7 @@ def _await_writers() -> None:
     """Waits for orbax's other threads: it raises the first's error while they still write files."""
     end = time.monotonic() + _WRITERS_S
     for thread in threading.enumerate():
-        if type(thread).__name__ == _ORBAX_THREAD:
+        if type(thread).__name__ == _ORBAX_THREAD and thread.is_alive():
             # Not the subclass's own `join`, which raises that thread's error.
             threading.Thread.join(thread, max(0.0, end - time.monotonic()))
 

@@ -185,6 +185,7 @@ def _samples(samples: Samples) -> str:
 
 
 def count_samples(samples: Samples) -> int:
+    """Counts the prompts that there are texts of."""
     return max(map(len, samples.values()), default=0)
 
 

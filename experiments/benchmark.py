@@ -5,7 +5,7 @@
     python -m experiments.benchmark loss    the fused head and KL beside its bare matrix products
     python -m experiments.benchmark step    a distillation step beside its bare matrix products
     python -m experiments.benchmark decode  tokens a second beside memory's speed and transformers
-    python -m experiments.benchmark engine  continuous batching beside one batch; memory of its pages
+    python -m experiments.benchmark engine  continuous batching beside one batch; pages of its cache
     python -m experiments.benchmark load    a published model's loading beside its largest tensor
     python -m experiments.benchmark cache   targets on disk: bytes, reading, what writing adds
 

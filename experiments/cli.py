@@ -101,6 +101,7 @@ def _system_text(error: OSError) -> str:
 def _parse(commands: Sequence[str], argv: Sequence[str]) -> list[str]:
     """Parses flags; a config file or an override that fails is a message, not a traceback."""
     try:
+        _tell_of_shared_flags(argv[0])
         rest = flags.FLAGS(argv)
         for name in flags.FLAGS:
             # What stands for a config file that could not be read raises at any attribute.
@@ -123,6 +124,14 @@ def _parse(commands: Sequence[str], argv: Sequence[str]) -> list[str]:
         )
         sys.exit(2)
     return rest
+
+
+def _tell_of_shared_flags(command: str) -> None:
+    """Makes --help list those that a command has from other files of this package, too."""
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith('experiments.'):
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(command, flag)
 
 
 def _flag_text(error: Exception) -> str:

@@ -23,8 +23,9 @@ from distill.terminal import aligned
 from experiments import cli
 from experiments.exam_config import ExamConfig, GSM8KConfig, NeedleConfig
 from experiments.exams import Sat, make_examinee, results, sit
+from experiments.model_flags import CHECKPOINT, loaded_model
 from experiments.reporting import exam_figures
-from experiments.writing_flags import CHECKPOINT, MAX_LENGTH, ROWS, loaded_model
+from experiments.writing_flags import MAX_LENGTH, ROWS
 from moe.errors import InputError
 
 TEACHER = flags.DEFINE_string('teacher', None, 'Whom to compare with: a trained stage, too.')

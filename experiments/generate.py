@@ -22,10 +22,11 @@ from absl import flags, logging
 from experiments import cli
 from experiments.bulk import Job, Prompt, Results, read_prompts
 from experiments.chat_prompts import ChatPrompts, chat_prompts
+from experiments.engine_flags import loaded_engine
 from experiments.loaded import Loaded
 from experiments.signals import StopSignal
 from experiments.text_stream import TextStream
-from experiments.writing_flags import ROWS, loaded_engine
+from experiments.writing_flags import ROWS
 from moe.engine import Engine
 from moe.errors import InputError
 from moe.requests import MAX_SEED, Request

@@ -13,8 +13,8 @@ import pathlib
 from absl import flags, logging
 
 from experiments import cli
+from experiments.model_flags import CHECKPOINT, WEIGHTS, loaded_model
 from experiments.quantised_folder import save_quantised
-from experiments.writing_flags import CHECKPOINT, WEIGHTS, loaded_model
 from moe.errors import InputError
 
 OUT = flags.DEFINE_string('out', None, 'The folder to write; it must not be there, or be empty.')

@@ -18,9 +18,9 @@ from absl import flags, logging
 
 from experiments import cli
 from experiments.chat_prompts import chat_prompts
+from experiments.engine_flags import loaded_engine
 from experiments.serve_app import App
 from experiments.serve_worker import Worker
-from experiments.writing_flags import loaded_engine
 from moe.errors import InputError
 
 HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')

@@ -278,8 +278,8 @@ def test_prints_and_writes_rows(
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        ((), 'name one of moe, tpu, loss, step, decode, load, cache; received none'),
-        (('mo',), "name one of moe, tpu, loss, step, decode, load, cache; received 'mo'"),
+        ((), 'name one of moe, tpu, loss, step, decode, engine, load, cache; received none'),
+        (('mo',), "name one of moe, tpu, loss, step, decode, engine, load, cache; received 'mo'"),
         (('moe', 'loss'), "'loss' is no flag"),
         (('moe', '--experts=x'), '--experts must be whole numbers of at least 2'),
         (('moe', '--experts=8,1'), "received '8,1'"),
