@@ -18,7 +18,6 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from absl import flags
 
@@ -30,6 +29,7 @@ from experiments.benchmark_load import load_rows
 from experiments.benchmark_loss import ROWS, loss_rows, memory_rows
 from experiments.benchmark_moe import EXPERT_SHAPES, moe_rows
 from experiments.benchmark_overlap import overlap_rows
+from experiments.benchmark_row import Row
 from experiments.benchmark_step import step_rows, student_config, teacher_config
 from experiments.benchmark_tpu import CHIPS, tpu_rows
 from moe.errors import InputError
@@ -50,8 +50,6 @@ _PEER = flags.DEFINE_boolean(
 _CHIPS = flags.DEFINE_list('chips', list(CHIPS), 'tpu: the kinds of chip.')
 _SOURCE = flags.DEFINE_string('source', 'python', 'cache: the text, as config.data.source.')
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 32_000, 'loss, step: V.', lower_bound=1)
-
-Row = dict[str, Any]
 
 
 def _moe() -> Iterator[Row]:

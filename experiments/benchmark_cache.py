@@ -7,7 +7,6 @@ something of it; one that knows more has fewer ids to tell and smaller files.
 import functools
 import itertools
 import pathlib
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,10 +19,10 @@ from distill.estimators import Estimator, SampledEstimator, TopKEstimator, draws
 from distill.teacher import EstimatedTeacher, OnlineTeacher
 from distill.timing import interleaved_medians
 from distill.types import Batch
+from experiments.benchmark_row import Row, ratio_row, this_machine
 from experiments.benchmark_text import CHUNK, Sizes, text_batches, trained_teacher, training
 from moe.transformer import Transformer
 
-Row = dict[str, Any]
 # Name, unit, value, reference, and what that is.
 Measured = tuple[str, str, float, float, str]
 
@@ -61,8 +60,7 @@ def cache_rows(
     conditions = (
         f'text {source!r}, V={sizes.vocab_size}, teacher D={sizes.width}, L=2, trained for '
         f'{sizes.steps} steps to {cross_entropy:.2f} nats a token; {sizes.batches} batches of '
-        f'{sizes.rows} rows of {sizes.length} tokens; {jax.devices()[0].device_kind}, '
-        f'{platform.machine()}, jax {jax.__version__}; '
+        f'{sizes.rows} rows of {sizes.length} tokens; {this_machine()}; '
     )
     estimators: dict[str, Estimator] = {
         'sampled': SampledEstimator(draws),
@@ -75,14 +73,8 @@ def cache_rows(
         if kind == 'sampled':
             measured += _passes(stage, repeats)
         for name, unit, value, reference, against in measured:
-            yield {
-                'name': f'cache/{name}/{kind}',
-                'value': value,
-                'unit': unit,
-                'reference': reference,
-                'ratio': reference / value if unit == 'ms' else value / reference,
-                'conditions': f'{conditions}{forms[kind]}; reference: {against}',
-            }
+            told = f'{conditions}{forms[kind]}; reference: {against}'
+            yield ratio_row(f'cache/{name}/{kind}', unit, value, reference, told)
 
 
 class _Stage:

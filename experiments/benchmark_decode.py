@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.timing import interleaved_medians
+from experiments.benchmark_row import Row, ratio_row, this_machine
 from moe.accounting import parameter_report
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.decode import write
 from moe.quantising import quantise
 from moe.sampling import Sampling
 from moe.transformer import Transformer
-
-Row = dict[str, Any]
 
 # About 32 million parameters a token passes, the head among them; 168 million in all.
 CONFIG = TransformerConfig(
@@ -102,15 +100,7 @@ def _fastest(ways: dict[str, Callable[[int, int], Any]], rows: int) -> str:
 
 
 def _row(name: str, value: float, reference: float, conditions: str) -> Row:
-    device = f'{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}'
-    return {
-        'name': name,
-        'value': value,
-        'unit': 'token/s',
-        'reference': reference,
-        'ratio': value / reference,
-        'conditions': f'{conditions}; {device}',
-    }
+    return ratio_row(name, 'token/s', value, reference, f'{conditions}; {this_machine()}')
 
 
 def _read_parameters(config: TransformerConfig) -> int:

@@ -1,6 +1,5 @@
 """Figures of the engine: what its pages of cache save, and what they and its host cost a token."""
 
-import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from distill.timing import interleaved_medians
 from experiments.benchmark_decode import CONFIG
+from experiments.benchmark_row import Row, ratio_row, this_machine
 from moe.attention_kinds import empty_cache
 from moe.config import TransformerConfig
 from moe.decode import write
@@ -18,8 +18,6 @@ from moe.engine import Engine
 from moe.requests import EngineConfig, Request
 from moe.sampling import Sampling
 from moe.transformer import Transformer
-
-Row = dict[str, Any]
 
 ROWS = 16
 PROMPT, SHORT = 16, 8
@@ -75,7 +73,7 @@ def _rate(
     value = ROWS * STEPS / seconds['engine']
     reference = ROWS * tokens / (seconds['long'] - seconds['short'])
     what = f'{ROWS} rows of {PROMPT} tokens and more, greedy; reference: moe.decode.write'
-    return _row('engine/rate', value, reference, 'token/s', what)
+    return ratio_row('engine/rate', 'token/s', value, reference, _conditions(what))
 
 
 def _memory(model: Transformer, variables: Any, prompts: np.ndarray) -> Row:
@@ -92,20 +90,12 @@ def _memory(model: Transformer, variables: Any, prompts: np.ndarray) -> Row:
     whole = jax.eval_shape(lambda: empty_cache(model.config, ROWS, slots))
     reference = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))
     what = f'a text of {long} tokens beside {ROWS - 1} of {short}; reference: {slots} slots a row'
-    return _row('engine/memory', most / 1e6, reference / 1e6, 'MB', what)
+    return ratio_row('engine/memory', 'MB', most / 1e6, reference / 1e6, _conditions(what))
 
 
 def _request(prompt: np.ndarray, new: int) -> Request:
     return Request(tuple(prompt.tolist()), new, Sampling(0.0))
 
 
-def _row(name: str, value: float, reference: float, unit: str, conditions: str) -> Row:
-    device = f'{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}'
-    return {
-        'name': name,
-        'value': value,
-        'unit': unit,
-        'reference': reference,
-        'ratio': value / reference,
-        'conditions': f'{conditions}; float32; {device}',
-    }
+def _conditions(what: str) -> str:
+    return f'{what}; float32; {this_machine()}'

@@ -9,18 +9,16 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmark_row import Row, ratio_row
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.convert import load_pretrained, save_pretrained
 from moe.sharding import abstract_variables
 from moe.transformer import Transformer
 from moe.weights.folder import open_folder
-
-Row = dict[str, Any]
 
 _SAMPLE_SECONDS = 0.002
 
@@ -66,17 +64,7 @@ def load_rows(*, width: int = 512, layers: int = 8) -> list[Row]:
         ('load/host_memory', 'GB', held['extra'] / 1e9, largest / 1e9),
         ('load/rate', 'GB/s', held['rate'], held['read_rate']),
     )
-    return [
-        {
-            'name': name,
-            'value': value,
-            'unit': unit,
-            'reference': reference,
-            'ratio': value / reference,
-            'conditions': conditions,
-        }
-        for name, unit, value, reference in rows
-    ]
+    return [ratio_row(*figure, conditions) for figure in rows]
 
 
 def _measure(folder: str) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Figures of the fused head and divergence beside its bare matrix products and the plain loss."""
 
 import functools
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,7 @@ from distill.fused import DEFAULT_CHUNK_SIZE, fused_distillation_loss
 from distill.objective import Term
 from distill.timing import interleaved_medians
 from distill.types import HiddenTargets
-
-Row = dict[str, Any]
+from experiments.benchmark_row import Row, ratio_row, this_machine
 
 ROWS = 8
 
@@ -61,23 +59,23 @@ def loss_rows(
     rates = {name: flops / elapsed / 1e9 for name, elapsed in seconds.items()}
     conditions = (
         f'forward+backward, {tokens} tokens, V={vocab_size}, student D={student_dim}, teacher '
-        f'D={teacher_dim}, float32; {jax.devices()[0].device_kind}, {platform.machine()}, '
-        f'jax {jax.__version__}; reference: '
+        f'D={teacher_dim}, float32; {this_machine()}; reference: '
     )
     rows = []
     for form in ('fused', 'fused_kl_ce', 'plain'):
         rows += [
-            _row(
+            ratio_row(
                 f'loss/{form}', 'GFLOP/s', rates[form], rates['products'], conditions + 'products'
             ),
-            _row(f'loss/{form}/memory', 'GB', memory[form], memory['plain'], conditions + 'plain'),
+            ratio_row(
+                f'loss/{form}/memory', 'GB', memory[form], memory['plain'], conditions + 'plain'
+            ),
         ]
     milliseconds = {name: elapsed * 1e3 for name, elapsed in seconds.items()}
-    row = _row(
+    row = ratio_row(
         'loss/fused/time', 'ms', milliseconds['fused'], milliseconds['plain'], conditions + 'plain'
     )
-    # Of times the ratio is that of the rates.
-    return [*rows, row | {'ratio': 1 / row['ratio']}]
+    return [*rows, row]
 
 
 def memory_rows(
@@ -105,25 +103,13 @@ def memory_rows(
     )
     conditions = (
         f'compiled alone, forward+backward, {tokens} tokens, V={vocab_size}, D={dim} of both, '
-        f'chunks of {chunk_size}, float32; {jax.devices()[0].device_kind}, {platform.machine()}, '
-        f'jax {jax.__version__}; reference: plain'
+        f'chunks of {chunk_size}, float32; {this_machine()}; reference: plain'
     )
-    return [_row(f'loss/fused/memory/V{vocab_size}', 'GB', fused, plain, conditions)]
+    return [ratio_row(f'loss/fused/memory/V{vocab_size}', 'GB', fused, plain, conditions)]
 
 
 def _temporary_bytes(program: Any) -> int:
     return program.memory_analysis().temp_size_in_bytes
-
-
-def _row(name: str, unit: str, value: float, reference: float, conditions: str) -> Row:
-    return {
-        'name': name,
-        'value': value,
-        'unit': unit,
-        'reference': reference,
-        'ratio': value / reference,
-        'conditions': conditions,
-    }
 
 
 def _arguments(tokens: int, vocab_size: int, *dims: int) -> list[jax.Array]:

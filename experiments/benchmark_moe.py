@@ -1,7 +1,6 @@
 """Figures of a MoE layer, and of another library's, beside a dense MLP of equal active FLOPs."""
 
 import functools
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +10,12 @@ import jax.numpy as jnp
 
 from distill.timing import interleaved_medians
 from experiments import benchmark_peer
+from experiments.benchmark_row import Row, ratio_row, this_machine
 from experiments.hlo import check_not_expanded
 from moe.config import Dispatch, MoEConfig, RouterConfig
 from moe.experts import MoELayer
 from moe.layers import GatedMLP
 
-Row = dict[str, Any]
 Step = Callable[[], Any]
 
 # (K, F): one to eight experts a token, fine and coarse.
@@ -94,14 +93,8 @@ def _shape_rows(
         )
         ours = seconds['mlp'] / seconds['grouped']
         theirs = seconds['torch_mlp'] / seconds['transformers']
-        yield {
-            'name': f'moe/grouped_to_transformers/{shape}',
-            'value': ours,
-            'unit': 'share',
-            'reference': theirs,
-            'ratio': ours / theirs,
-            'conditions': _conditions(f'{where}; value: of the same MLP in JAX, in the same run'),
-        }
+        told = f'{where}; value: of the same MLP in JAX, in the same run; {this_machine()}'
+        yield ratio_row(f'moe/grouped_to_transformers/{shape}', 'share', ours, theirs, told)
 
 
 def _layer_steps(
@@ -159,16 +152,5 @@ def _training_step(
 
 
 def _row(name: str, value: float, reference: float, conditions: str) -> Row:
-    return {
-        'name': name,
-        'value': value * 1e3,
-        'unit': 'ms',
-        'reference': reference * 1e3,
-        'ratio': reference / value,
-        'conditions': _conditions(conditions),
-    }
-
-
-def _conditions(what: str) -> str:
-    device = jax.devices()[0].device_kind
-    return f'{what}; {device}, {platform.machine()}, jax {jax.__version__}'
+    told = f'{conditions}; {this_machine()}'
+    return ratio_row(name, 'ms', value * 1e3, reference * 1e3, told)

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.benchmark_row import Row
 from experiments.benchmark_tpu import CHIPS
 from experiments.hlo import exchanges
 from moe.config import Dispatch
 from moe.exchange import compiler_options
 from moe.expert_parallel import BATCH_AXES, expert_parallel_dispatch
-
-Row = dict[str, Any]
 
 CHUNKS = (1, 2, 4)
 METHODS: tuple[Dispatch, ...] = ('grouped', 'capacity')

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +18,11 @@ from distill.step import make_train_step
 from distill.teacher import OnlineTeacher
 from distill.timing import interleaved_medians
 from distill.types import Batch, TrainState
+from experiments.benchmark_row import Row, ratio_row, this_machine
 from moe.accounting import parameter_report
 from moe.config import AttentionConfig, MoEConfig, RouterConfig, TransformerConfig
 from moe.sharding import logical_axes
 from moe.transformer import Transformer
-
-Row = dict[str, Any]
 
 TERMS = (Term('forward_kl', weight=0.9), Term('cross_entropy', weight=0.1))
 
@@ -96,7 +94,7 @@ def step_rows(
         f'{tokens} tokens, V={student.vocab_size}, dense teacher '
         f'{parameter_report(teacher).total / 1e6:.1f}M, MoE student '
         f'{parameter_report(student).total / 1e6:.1f}M, AdamW, float32; '
-        f'{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}; reference: '
+        f'{this_machine()}; reference: '
     )
     rates = {name: flops / elapsed / 1e9 for name, elapsed in seconds.items()}
     speeds = {name: tokens / elapsed for name, elapsed in seconds.items()}
@@ -113,14 +111,7 @@ def step_rows(
         ),
     )
     return [
-        {
-            'name': name,
-            'value': value,
-            'unit': unit,
-            'reference': reference,
-            'ratio': value / reference,
-            'conditions': conditions + against,
-        }
+        ratio_row(name, unit, value, reference, conditions + against)
         for name, unit, value, reference, against in values
     ]
 

@@ -9,11 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmark_row import Row
 from moe.config import MoEConfig, RouterConfig
 from moe.errors import InputError
 from moe.experts import MoELayer
-
-Row = dict[str, Any]
 
 # The smallest slice of each kind that can be named; the layer is compiled for one chip of it.
 CHIPS = {'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
