@@ -5,7 +5,8 @@ On TPU one kernel each way computes the whole MLP of a window of rows, see `moe.
 are read once. On GPU, and of operands that the kernels are not for (`moe.tpu_grouped.fits`), each
 product is a grouped one. On CPU one loop over the experts computes the whole MLP of a tile, see
 `moe.row_tiles`: what lies between the products stays in the caches, and each expert's gradient is
-written once. Fresh memory is dear there: its pages cost more than their contents.
+written once. Fresh memory is dear there: its pages cost more than their contents. Where experts
+have few rows and no gradient is asked for, see `moe.few_rows` and `moe.compiled_rows`.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe import tpu_grouped
+from moe import compiled_rows, tpu_grouped
 from moe.config import Activation
 from moe.expert_mlp import ExpertBiases, weighted_hidden
 from moe.few_rows import few_rows_mlp, tile_size
@@ -99,15 +100,18 @@ def _mlp(activation: Activation, *operands: Array) -> Array:
 
 def _output(activation: Activation, keep: bool, *operands: Kernel) -> tuple[Array, Array | None]:
     """Returns the output, and where it is to be kept what the activation is computed from."""
-    size = tile_size(operands[0].shape[0], operands[-1].shape[0])
+    rows: Any = operands[0]
+    gate_up, down = operands[2:4]
+    size = tile_size(rows.shape[0], down.shape[0])
+    compiled = compiled_rows.fits(rows, gate_up, down)
 
     def few_rows(*operands: Any) -> tuple[Array, None]:
         assert size is not None
+        if compiled:
+            return compiled_rows.compiled_rows_mlp(activation, *operands), None
         return few_rows_mlp(activation, *operands, size=size), None
 
     many_rows = functools.partial(_looped, activation, keep)
-    rows: Any = operands[0]
-    gate_up, down = operands[2:4]
     on_tpu = tpu_grouped.forward if tpu_grouped.fits(rows, gate_up, down) else _ragged
     return jax.lax.platform_dependent(
         *operands,

@@ -1,0 +1,187 @@
+"""Experts of few rows each on a CPU, by a loop that Numba compiles (the extra `cpu`).
+
+XLA copies an expert out of its stack before it multiplies by it. This loop reads every expert that
+has rows where it lies, once, on each processor that the process may use.
+"""
+
+import concurrent.futures
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+from jaxtyping import Array, Float, Int
+
+from moe.config import Activation
+from moe.expert_mlp import weighted_hidden
+from moe.quantised import Kernel, Quantised
+
+LARGEST_LOAD = 4  # rows of an expert, on average; above, its products are no longer bound by memory
+LEAST_BYTES = 1 << 24  # of an MLP's matrices; fewer stay in the caches, and XLA's loop is as fast
+
+
+def fits(rows: Array, gate_up: Kernel, down: Kernel) -> bool:
+    """Returns whether the loop is for these operands: float32, few rows, many weights; and Numba.
+
+    Args:
+        rows: [M, D].
+        gate_up: gate and up projections, [E, D, 2 F].
+        down: down projections, [E, F, D].
+    """
+    if isinstance(gate_up, Quantised) or isinstance(down, Quantised):
+        return False
+    return (
+        all(each.dtype == jnp.float32 for each in (rows, gate_up, down))
+        and rows.shape[0] <= LARGEST_LOAD * down.shape[0]
+        and 4 * (gate_up.size + down.size) >= LEAST_BYTES
+        and importlib.util.find_spec('numba') is not None
+    )
+
+
+def compiled_rows_mlp(
+    activation: Activation,
+    rows: Float[Array, 'M D'],
+    weights: Float[Array, 'M 1'],
+    gate_up: Float[Array, 'E D F2'],
+    down: Float[Array, 'E F D'],
+    group_sizes: Int[Array, 'E'],
+) -> Float[Array, 'M D']:
+    """Computes each row's expert, times the row's weight, in float32; there is no gradient.
+
+    Args:
+        activation: of the gate.
+        rows: sorted by expert.
+        weights: of each row.
+        gate_up: gate and up projections, [E, D, 2 F].
+        down: down projections, [E, F, D].
+        group_sizes: rows of each expert.
+
+    Returns:
+        Weighted expert outputs; zero for rows past the last group.
+    """
+    both = grouped_product(rows, gate_up, group_sizes)
+    return grouped_product(weighted_hidden(both, weights, activation), down, group_sizes)
+
+
+def grouped_product(
+    rows: Float[Array, 'M D'], matrices: Float[Array, 'E D N'], group_sizes: Int[Array, 'E']
+) -> Float[Array, 'M N']:
+    """Multiplies each row, sorted by group, by the matrix of its group; others become zero.
+
+    All are float32, but the sizes int32. Under `shard_map` they must vary over the same mesh axes.
+    """
+    _loop()  # compiled here: while a program runs, a thread of XLA's would wait for it
+    shape = jax.ShapeDtypeStruct((rows.shape[0], matrices.shape[2]), rows.dtype)
+    out = buffer_callback(_run, shape)(rows, matrices, group_sizes.astype(jnp.int32))
+    varying = jax.typeof(rows).manual_axis_type.varying
+    return jax.lax.pcast(out, tuple(varying), to='varying')
+
+
+def _run(context: Any, out: Any, rows: Any, matrices: Any, sizes: Any) -> None:
+    """Computes a product where XLA's own buffers lie."""
+    multiply(np.asarray(rows), np.asarray(matrices), np.asarray(sizes), np.asarray(out))
+
+
+def multiply(rows: np.ndarray, matrices: np.ndarray, sizes: np.ndarray, out: np.ndarray) -> None:
+    """Computes `grouped_product` into `out`: a part on this thread, and one on each of the others.
+
+    Args:
+        rows: [M, D] float32.
+        matrices: [E, D, N] float32.
+        sizes: rows of each group, [E] int32.
+        out: [M, N] float32; all of it is written.
+    """
+    loop, parts = _loop(), min(_processors(), len(rows))
+    others = [
+        _threads(os.getpid()).submit(loop, rows, matrices, sizes, out, part, parts)
+        for part in range(1, parts)
+    ]
+    loop(rows, matrices, sizes, out, 0, parts)
+    for other in others:
+        other.result()
+
+
+def _processors() -> int:
+    """How many processors this process may use, where the system says so."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def _threads(process: int) -> concurrent.futures.ThreadPoolExecutor:
+    """The threads of a process beside those that call: a fork has none of its parent's."""
+    return concurrent.futures.ThreadPoolExecutor(max(1, _processors() - 1), 'experts')
+
+
+@functools.cache
+def _loop() -> Callable[..., None]:
+    """Compiles the loop over one of several equal parts of a product.
+
+    The columns of all experts that have rows are numbered through; a part is a range of them.
+    """
+    import numba
+
+    # Sums may be taken in any order, but what is NaN or infinite stays so.
+    fast = {'contract', 'reassoc', 'nsz'}
+    floats, integers = numba.types.float32, numba.types.int32
+    index = numba.types.uintp  # one with a sign could count from the end
+
+    # The vectoriser takes a loop whose output has to be told from up to eight inputs.
+    @numba.njit(fastmath=fast, inline='never')
+    def add_eight(out, rows, matrix, row, k, first, last):
+        a, b, c, d = rows[row, k], rows[row, k + 1], rows[row, k + 2], rows[row, k + 3]
+        e, f, g, h = rows[row, k + 4], rows[row, k + 5], rows[row, k + 6], rows[row, k + 7]
+        for n in range(first, last):
+            ab = a * matrix[k, n] + b * matrix[k + 1, n]
+            cd = c * matrix[k + 2, n] + d * matrix[k + 3, n]
+            ef = e * matrix[k + 4, n] + f * matrix[k + 5, n]
+            gh = g * matrix[k + 6, n] + h * matrix[k + 7, n]
+            out[row, n] += (ab + cd) + (ef + gh)
+
+    @numba.njit(fastmath=fast, inline='never')
+    def add_one(out, rows, matrix, row, k, first, last):
+        a = rows[row, k]
+        for n in range(first, last):
+            out[row, n] += a * matrix[k, n]
+
+    def loop(rows, matrices, sizes, out, part, parts):
+        depth, width, columns = matrices.shape[1], matrices.shape[2], 0
+        for size in sizes:
+            columns += width if size > 0 else 0
+        start, end = columns * part // parts, columns * (part + 1) // parts
+        row, column = 0, 0
+        for group in range(len(sizes)):
+            rows_end = min(row + sizes[group], len(rows))
+            first, last = max(start - column, 0), min(end - column, width)
+            if row < rows_end and first < last:
+                out[row:rows_end, first:last] = 0
+                matrix, first, last = matrices[group], index(first), index(last)
+                for k in range(0, depth - 7, 8):
+                    for r in range(row, rows_end):
+                        add_eight(out, rows, matrix, index(r), index(k), first, last)
+                for k in range(depth - depth % 8, depth):
+                    for r in range(row, rows_end):
+                        add_one(out, rows, matrix, index(r), index(k), first, last)
+            column += width if rows_end > row else 0
+            row = rows_end
+        if part == parts - 1:
+            out[row:] = 0
+
+    arrays = [
+        numba.types.Array(kind, rank, 'C', readonly=readonly)
+        for kind, rank, readonly in (
+            (floats, 2, True),
+            (floats, 3, True),
+            (integers, 1, True),
+            (floats, 2, False),
+        )
+    ]
+    number = numba.types.intp
+    signature = numba.types.void(*arrays, number, number)
+    return numba.njit(signature, nogil=True)(loop)
