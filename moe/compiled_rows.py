@@ -21,12 +21,11 @@ from moe.config import Activation
 from moe.expert_mlp import weighted_hidden
 from moe.quantised import Kernel, Quantised
 
-LARGEST_LOAD = 4  # rows of an expert, on average; above, its products are no longer bound by memory
-LEAST_BYTES = 1 << 24  # of an MLP's matrices; fewer stay in the caches, and XLA's loop is as fast
+LEAST_BYTES = 1 << 24  # of the matrices; with fewer, waking threads can cost what they save
 
 
 def fits(rows: Array, gate_up: Kernel, down: Kernel) -> bool:
-    """Returns whether the loop is for these operands: float32, few rows, many weights; and Numba.
+    """Returns whether the loop is for these operands, float32 and large, and Numba is there.
 
     Args:
         rows: [M, D].
@@ -37,7 +36,6 @@ def fits(rows: Array, gate_up: Kernel, down: Kernel) -> bool:
         return False
     return (
         all(each.dtype == jnp.float32 for each in (rows, gate_up, down))
-        and rows.shape[0] <= LARGEST_LOAD * down.shape[0]
         and 4 * (gate_up.size + down.size) >= LEAST_BYTES
         and importlib.util.find_spec('numba') is not None
     )

@@ -1,8 +1,8 @@
 """Experts of few rows each, as where a batch is decoded: one loop over the tiles that there are.
 
 The tiles of all experts are numbered through, and each finds its expert: one without rows is not
-read, and a tile is no larger than most experts need. With the extra `cpu`, float32 experts of the
-fewest rows take the loop of `moe.compiled_rows` instead.
+read, and a tile is no larger than most experts need. With the extra `cpu`, large float32
+experts take the loop of `moe.compiled_rows` instead.
 """
 
 import jax
