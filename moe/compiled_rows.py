@@ -1,7 +1,8 @@
 """Experts of few rows each on a CPU, by a loop that Numba compiles (the extra `cpu`).
 
 XLA copies an expert out of its stack before it multiplies by it. This loop reads every expert that
-has rows where it lies, once, on each processor that the process may use.
+has rows where it lies, once, on each processor that the process may use. Its calls take Python's
+lock: a thread of Python that computes without a pause delays each of them by milliseconds.
 """
 
 import concurrent.futures
