@@ -1,6 +1,7 @@
 """Grouped-query attention, to all tokens before or to the last few, with its cache."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ from moe.activations import note
 from moe.attention_context import AttentionContext
 from moe.cache_rows import write_ring
 from moe.config import AttentionConfig, TransformerConfig
-from moe.dot_product import attention_and_highest
+from moe.dot_product import attention_and_highest, laid_out
 from moe.layers import kernel_init, linear, norm_of, partitioned
 from moe.qk_clip import record_max_logits
 from moe.quantised import Kernel, stored_kernel
@@ -47,6 +48,7 @@ class Attention(nn.Module):
         keys = self._rotated(self._project(x, 'k', config.num_kv_heads, 'kv_heads'), context)
         values = self._project(x, 'v', config.num_kv_heads, 'kv_heads')
         note(self, queries=queries, keys=keys, values=values)
+        keys, values = laid_out(keys, values)
         if cache is not None:
             attend_to = extend if config.window is None else extend_ring
             keys, values, cache = attend_to(cache, keys, values, context)
@@ -129,39 +131,53 @@ def empty_key_value_cache(
         slack: slots that a ring has more than its window.
     """
     size = num_slots if config.window is None else min(config.window + slack, num_slots)
-    zeros = jnp.zeros((batch, size, config.num_kv_heads, config.head_dim), dtype)
-    return KeyValueCache(keys=zeros, values=zeros)
+    rows, channels = (batch, config.num_kv_heads), config.head_dim
+    return KeyValueCache(
+        keys=jnp.zeros((*rows, channels, size), dtype),
+        values=jnp.zeros((*rows, size, channels), dtype),
+    )
 
 
 def extend(
-    cache: KeyValueCache, keys: Array, values: Array, context: AttentionContext
-) -> tuple[Array, Array, KeyValueCache]:
+    cache: KeyValueCache,
+    keys: Float[Array, 'B Hkv Dh T'],
+    values: Float[Array, 'B Hkv T Dh'],
+    context: AttentionContext,
+) -> tuple[Float[Array, 'B Hkv Dh S'], Float[Array, 'B Hkv S Dh'], KeyValueCache]:
     """Writes new keys and values behind those before them.
 
     Returns:
         The keys and values to attend to, one for each slot, and the cache.
     """
-    keys, kept_keys = context.extended(cache.keys, keys)
-    values, kept_values = context.extended(cache.values, values)
-    return keys, values, KeyValueCache(kept_keys, kept_values)
+    return _extended(cache, keys, values, context.extended)
 
 
 def extend_ring(
-    cache: KeyValueCache, keys: Array, values: Array, context: AttentionContext
-) -> tuple[Array, Array, KeyValueCache]:
+    cache: KeyValueCache,
+    keys: Float[Array, 'B Hkv Dh T'],
+    values: Float[Array, 'B Hkv T Dh'],
+    context: AttentionContext,
+) -> tuple[Float[Array, 'B Hkv Dh S'], Float[Array, 'B Hkv S Dh'], KeyValueCache]:
     """Writes the last of the new keys and values over the oldest ones of a ring.
 
     Returns:
         The keys and values to attend to, those that the ring held (see `ring_slots`) and after them
         the new ones; and the cache.
     """
-
     start = context.start
     assert start is not None
 
-    def both(ring: Array, new: Array) -> tuple[Array, Array]:
-        attended = jnp.concatenate([ring, new.astype(ring.dtype)], axis=1)
-        return attended, write_ring(ring, new, start)
+    def both(ring: Array, new: Array, axis: int) -> tuple[Array, Array]:
+        attended = jnp.concatenate([ring, new.astype(ring.dtype)], axis)
+        return attended, write_ring(ring, new, start, axis)
 
-    (keys, ring_keys), (values, ring_values) = both(cache.keys, keys), both(cache.values, values)
-    return keys, values, KeyValueCache(ring_keys, ring_values)
+    return _extended(cache, keys, values, both)
+
+
+def _extended(
+    cache: KeyValueCache, keys: Array, values: Array, extend: Callable[..., tuple[Array, Array]]
+) -> tuple[Array, Array, KeyValueCache]:
+    """Extends both, each along its own axis of slots."""
+    keys, kept_keys = extend(cache.keys, keys, 3)
+    values, kept_values = extend(cache.values, values, 2)
+    return keys, values, KeyValueCache(kept_keys, kept_values)

@@ -38,26 +38,28 @@ class AttentionContext:
     table: Int[Array, 'G R P'] | None = None
 
     def extended(
-        self, kept: Shaped[Array, '...'], new: Shaped[Array, 'B T *rest']
-    ) -> tuple[Shaped[Array, 'B S *rest'], Shaped[Array, '...']]:
+        self, kept: Shaped[Array, '...'], new: Shaped[Array, 'B *new'], axis: int = 1
+    ) -> tuple[Shaped[Array, 'B *row'], Shaped[Array, '...']]:
         """Writes what is new behind what a layer without a window has kept.
 
         Args:
             kept: the slots of each row, or a pool of pages.
             new: of the new tokens.
+            axis: along which the slots of a row lie, and the new tokens.
 
         Returns:
             All of each row, a place for each slot, and what is kept from now on.
         """
         assert self.start is not None
         if self.table is None:
-            kept = write_rows(kept, new, self.start)
+            kept = write_rows(kept, new, self.start, axis)
             return kept, kept
-        kept = write_pages(kept, new, self.start, self.table)
-        rows = read_pages(kept, self.table)
+        kept = write_pages(kept, new, self.start, self.table, axis)
+        rows = read_pages(kept, self.table, axis)
         # What other rows have left behind may not be finite: zero times it is not nothing.
-        written = jnp.arange(rows.shape[1]) < self.start[:, None] + new.shape[1]
-        written = written.reshape(*written.shape, *(1,) * (rows.ndim - 2))
+        written = jnp.arange(rows.shape[axis]) < self.start[:, None] + new.shape[axis]
+        others = tuple(i for i in range(1, rows.ndim) if i != axis)
+        written = jnp.expand_dims(written, others)
         return jnp.where(written, rows, jnp.zeros_like(rows)), kept
 
 

@@ -22,8 +22,8 @@ from moe.sharding import LogicalAxes, constrain, sharding_for
 from moe.stacking import LayerKind, layer_groups, layer_kinds
 from moe.types import KeyValueCache, KVCache, LatentCache
 
-ROWS: LogicalAxes = ('batch', 'length')
-POOL: LogicalAxes = ('batch', 'pages', None)
+ROWS: LogicalAxes = ('batch',)
+POOL: LogicalAxes = ('batch', 'pages')
 
 
 def cache_axes(config: TransformerConfig, *, paged: bool = False) -> KVCache:
@@ -39,18 +39,21 @@ def cache_axes(config: TransformerConfig, *, paged: bool = False) -> KVCache:
         layers = tuple(_layer_axes(kind, ('layers',), paged) for kind in stacks)
     else:
         layers = tuple(_layer_axes(kind, (), paged) for kind in kinds)
-    axes: Any = KVCache(layers=layers, segment_ids=ROWS, length=('batch',))  # type: ignore
+    axes: Any = KVCache(layers=layers, segment_ids=(*ROWS, 'length'), length=('batch',))  # type: ignore
     return dataclasses.replace(axes, table=('batch', None, None)) if paged else axes
 
 
 def _layer_axes(kind: LayerKind, leading: LogicalAxes, paged: bool) -> Any:
-    slots = (*leading, *(POOL if paged and grows(kind.attention) else ROWS))
+    rows = (*leading, *(POOL if paged and grows(kind.attention) else ROWS))
     match kind.attention:
         case AttentionConfig():
-            heads = (*slots, 'kv_heads', 'head_dim')
-            return KeyValueCache(heads, heads)  # type: ignore
+            heads = (*rows, 'kv_heads')
+            return KeyValueCache(
+                keys=(*heads, 'head_dim', 'length'),  # type: ignore
+                values=(*heads, 'length', 'head_dim'),  # type: ignore
+            )
         case LatentAttentionConfig():
-            return LatentCache((*slots, None))  # type: ignore
+            return LatentCache((*rows, 'length', None))  # type: ignore
         case LinearAttentionConfig():
             return LinearCache(
                 state=(*leading, 'batch', 'heads', None, None),  # type: ignore
@@ -117,9 +120,9 @@ def compacted(config: TransformerConfig, cache: KVCache, padding: Int[Array, 'B'
     def roll(leaf: Array, axes: LogicalAxes) -> Array:
         if 'length' not in axes:
             return leaf
-        batch = axes.index('batch')
+        batch, slots = axes.index('batch'), axes.index('length') - 1
         # In a ring the slot t % size becomes (t - padding) % size: turned by as much.
-        rows = jax.vmap(lambda row, by: jnp.roll(row, -by, axis=batch), (batch, 0), batch)
+        rows = jax.vmap(lambda row, by: jnp.roll(row, -by, axis=slots), (batch, 0), batch)
         return rows(leaf, padding)
 
     cache = _with_axes(roll, config, cache)
@@ -142,7 +145,8 @@ def inserted(
 
     def put(old: Array, new: Array, axes: LogicalAxes) -> Array:
         if 'pages' in axes:
-            enter = functools.partial(enter_pages, at=at, table=table)
+            slots = axes.index('length') - axes.index('pages')
+            enter = functools.partial(enter_pages, at=at, table=table, axis=slots)
             return jax.vmap(enter)(old, new) if 'layers' in axes else enter(old, new)
         place = axes.index('batch')
         shape = (*new.shape[: place + 1], *old.shape[place + 1 :])

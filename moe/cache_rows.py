@@ -1,36 +1,63 @@
 """Writing into rows of a cache that have come to different lengths."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 
 def write_rows(
-    slots: Shaped[Array, 'B S *rest'], new: Shaped[Array, 'B T *rest'], start: Int[Array, 'B']
-) -> Shaped[Array, 'B S *rest']:
+    slots: Shaped[Array, 'B *row'],
+    new: Shaped[Array, 'B *new'],
+    start: Int[Array, 'B'],
+    axis: int = 1,
+) -> Shaped[Array, 'B *row']:
     """Writes `new` over each row's slots from `start` on, in the dtype of `slots`.
 
     Args:
         slots: the rows.
         new: at most `S` tokens; where they would not fit, they end with the row.
         start: of each row.
+        axis: along which the slots lie; the heads along axis 1 where that is not it.
     """
     new = new.astype(slots.dtype)
-    if slots.shape[0] == 1:  # in place on every backend, where one write for each row scatters
-        return jax.lax.dynamic_update_slice_in_dim(slots, new, start[0], axis=1)
+    if slots.shape[0] == axis == 1:
+        # In place on every backend, where one write for each row scatters.
+        return jax.lax.dynamic_update_slice_in_dim(slots, new, start[0], axis)
+    if axis == 1:
+        return jax.vmap(_write_row)(slots, new, start)
+    # For each head too: XLA for CPUs fuses a single write into all that read the row, and then
+    # copies the row for each of them; a scatter it leaves alone.
+    head = functools.partial(_write_row, axis=axis - 2)
+    starts = jnp.broadcast_to(start[:, None], slots.shape[:2])
+    return jax.vmap(jax.vmap(head))(slots, new, starts)
 
-    def write(row: Array, values: Array, first: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, values, first, axis=0)
 
-    return jax.vmap(write)(slots, new, start)
+def _write_row(row: Array, new: Array, start: Array, axis: int = 0) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(row, new, start, axis)
 
 
 def write_ring(
-    ring: Shaped[Array, 'B S *rest'], new: Shaped[Array, 'B T *rest'], start: Int[Array, 'B']
-) -> Shaped[Array, 'B S *rest']:
-    """Writes the last `S` of `new` so that the token in slot `t` of the text stands at `t % S`."""
-    size, length = ring.shape[1], new.shape[1]
+    ring: Shaped[Array, 'B *row'],
+    new: Shaped[Array, 'B *new'],
+    start: Int[Array, 'B'],
+    axis: int,
+) -> Shaped[Array, 'B *row']:
+    """Writes the last `S` of `new` so that the token in slot `t` of the text stands at `t % S`.
+
+    Args:
+        ring: the rows.
+        new: tokens of each.
+        start: slot of the text of each row's first new token.
+        axis: along which the slots lie.
+    """
+    size, length = ring.shape[axis], new.shape[axis]
     kept = min(length, size)
     at = (start[:, None] + length - kept + jnp.arange(kept)) % size
-    rows = jnp.arange(ring.shape[0])[:, None]
-    return ring.at[rows, at].set(new[:, length - kept :].astype(ring.dtype))
+    last = jax.lax.slice_in_dim(new, length - kept, length, axis=axis).astype(ring.dtype)
+
+    def write(row: Array, values: Array, places: Array) -> Array:
+        return row.at[(*(slice(None),) * (axis - 1), places)].set(values)
+
+    return jax.vmap(write)(ring, last, at)

@@ -24,8 +24,8 @@ Residuals = tuple[Any, ...]
 
 def dot_product_attention(
     queries: Float[Array, 'B T H Dk'],
-    keys: Float[Array, 'B S Hkv Dk'],
-    values: Float[Array, 'B S Hkv Dv'],
+    keys: Float[Array, 'B Hkv Dk S'],
+    values: Float[Array, 'B Hkv S Dv'],
     allowed: Bool[Array, '#B T S'],
     *,
     causal: bool,
@@ -41,8 +41,8 @@ def dot_product_attention(
 
 def attention_and_highest(
     queries: Float[Array, 'B T H Dk'],
-    keys: Float[Array, 'B S Hkv Dk'],
-    values: Float[Array, 'B S Hkv Dv'],
+    keys: Float[Array, 'B Hkv Dk S'],
+    values: Float[Array, 'B Hkv S Dv'],
     allowed: Bool[Array, '#B T S'],
     *,
     causal: bool,
@@ -73,16 +73,22 @@ def attention_and_highest(
     Source: arXiv 2305.13245 (grouped queries); arXiv 2205.14135, appendix B (recomputation).
     """
     B, T, H, Dk = queries.shape
-    Hkv = keys.shape[2]
+    Hkv = keys.shape[1]
     factor = Dk**-0.5 if scale is None else scale
     grouped = (queries * factor).reshape(B, T, Hkv, H // Hkv, Dk).transpose(0, 2, 3, 1, 4)
-    keys, values = (x.transpose(0, 2, 1, 3) for x in (keys, values))
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(Hkv, H // Hkv)
     shape = _Shape(causal, window, score_cap)
     both: Any = _attend(grouped, keys, values, sinks, allowed, shape)
     attended, highest = (x.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1) for x in both)
     return attended, highest[..., 0]
+
+
+def laid_out(
+    keys: Float[Array, 'B S Hkv Dk'], values: Float[Array, 'B S Hkv Dv']
+) -> tuple[Float[Array, 'B Hkv Dk S'], Float[Array, 'B Hkv S Dv']]:
+    """Lays keys and values out as the products take them, which otherwise turn them first."""
+    return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
 
 
 class _Shape(NamedTuple):
@@ -117,12 +123,12 @@ def _product(spec: str, left: Array, right: Array) -> Array:
 
 def _scores(
     queries: Float[Array, 'B Hkv GT Dk'],
-    keys: Float[Array, 'B Hkv S Dk'],
+    keys: Float[Array, 'B Hkv Dk S'],
     allowed: Array,
     shape: _Shape,
 ) -> tuple[Float[Array, 'B Hkv GT S'], Array | float]:
     """Returns the scores, and the derivative of each in the product it comes from."""
-    scores = soft_cap(_product('bkqd,bksd->bkqs', queries, keys), shape.score_cap)
+    scores = soft_cap(_product('bkqd,bkds->bkqs', queries, keys), shape.score_cap)
     masked = jnp.tile(allowed, (1, queries.shape[2] // allowed.shape[1], 1))[:, None]
     return jnp.where(masked, scores, jnp.finfo(jnp.float32).min), shape.cap_slope(scores)
 
@@ -135,7 +141,7 @@ def _sink_rows(sinks: Float[Array, 'Hkv G'], T: int) -> Float[Array, '1 Hkv GT 1
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
     queries: Float[Array, 'B Hkv G T Dk'],
-    keys: Float[Array, 'B Hkv S Dk'],
+    keys: Float[Array, 'B Hkv Dk S'],
     values: Float[Array, 'B Hkv S Dv'],
     sinks: Float[Array, 'Hkv G'] | None,
     allowed: Bool[Array, '#B T S'],
@@ -154,8 +160,8 @@ def _attend_forward(
 ) -> tuple[tuple[Array, Array], Residuals]:
     heads = (*queries.shape[:3], -1)
     outputs, highests, log_normalisers = [], [], []
-    for rows, columns in shape.blocks(queries.shape[3], keys.shape[2]):
-        k, v = keys[:, :, columns], values[:, :, columns]
+    for rows, columns in shape.blocks(queries.shape[3], values.shape[2]):
+        k, v = keys[..., columns], values[:, :, columns]
         scores, _ = _scores(_rows(queries, rows), k, allowed[:, rows, columns], shape)
         highest = scores.max(axis=-1, keepdims=True)
         highests.append(highest.reshape(*heads, 1))
@@ -185,16 +191,16 @@ def _attend_backward(
     d_queries = []
     d_keys = jnp.zeros(keys.shape, jnp.float32)
     d_values = jnp.zeros(values.shape, jnp.float32)
-    for rows, columns in shape.blocks(queries.shape[3], keys.shape[2]):
-        k, v = keys[:, :, columns], values[:, :, columns]
+    for rows, columns in shape.blocks(queries.shape[3], values.shape[2]):
+        k, v = keys[..., columns], values[:, :, columns]
         q, d_output = _rows(queries, rows), _rows(cotangent, rows)
         scores, slope = _scores(q, k, allowed[:, rows, columns], shape)
         weights = jnp.exp(scores - _rows(log_normaliser, rows))
         d_weights = _product('bkqd,bksd->bkqs', d_output, v)
         d_scores = (weights * (d_weights - _rows(inner, rows)) * slope).astype(q.dtype)
-        d_query = _product('bkqs,bksd->bkqd', d_scores, k)
+        d_query = _product('bkqs,bkds->bkqd', d_scores, k)
         d_queries.append(d_query.reshape(*queries.shape[:3], -1, q.shape[-1]))
-        d_keys = d_keys.at[:, :, columns].add(_product('bkqs,bkqd->bksd', d_scores, q))
+        d_keys = d_keys.at[..., columns].add(_product('bkqd,bkqs->bkds', q, d_scores))
         weights = weights.astype(v.dtype)
         d_values = d_values.at[:, :, columns].add(_product('bkqs,bkqd->bksd', weights, d_output))
     d_query = jnp.concatenate(d_queries, axis=3).astype(queries.dtype)

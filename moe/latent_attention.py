@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from moe.activations import asked_for, note
 from moe.attention_context import AttentionContext
 from moe.config import LatentAttentionConfig, TransformerConfig
-from moe.dot_product import attention_and_highest
+from moe.dot_product import attention_and_highest, laid_out
 from moe.layers import RMSNorm, kernel_init, linear, partitioned
 from moe.qk_clip import record_max_logits
 from moe.quantised import Kernel, stored_kernel
@@ -170,7 +170,7 @@ def attend_expanded(
 ) -> tuple[Float[Array, 'B T H Dv'], Float[Array, 'B T H']]:
     """Makes every head's keys and values of the latents, and attends to those; with the highest."""
     assert context.allowed is not None
-    keys, values = expanded(config, latents, kv_up)
+    keys, values = laid_out(*expanded(config, latents, kv_up))
     causal, scale = context.start is None, config.score_scale
     return attention_and_highest(queries, keys, values, context.allowed, causal=causal, scale=scale)
 
@@ -189,10 +189,10 @@ def attend_absorbed(
     plain = jnp.einsum('bthn,rhn->bthr', plain, key_up)
     queries = jnp.concatenate([plain, rotary], axis=-1)
     # The values are the keys, not a slice of them, which would be a copy of the cache.
-    keys = latents[:, :, None]
+    keys, values = latents.swapaxes(1, 2)[:, None], latents[:, None]
     causal, scale = context.start is None, config.score_scale
     attended, highest = attention_and_highest(
-        queries, keys, keys, context.allowed, causal=causal, scale=scale
+        queries, keys, values, context.allowed, causal=causal, scale=scale
     )
     return jnp.einsum('bthr,rhv->bthv', attended[..., : config.kv_rank], value_up), highest
 

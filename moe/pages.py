@@ -1,9 +1,10 @@
 """A cache in pages: rows take from one pool what they need, however long the row beside them is.
 
-What a layer keeps of each token stands in a pool of pages, of as many slots each. A table, one for
-all layers, says which page holds which of a row's slots. Rows stand in groups, one for each part
-that a mesh splits a batch into, and have the pages of their own group: no row is read from another
-device. Page 0 of each group is no row's: there stands, and goes, what no one reads.
+What a layer keeps of each token stands in a pool of pages, each laid out as a row of as many slots
+would be. A table, one for all layers, says which page holds which of a row's slots. Rows stand in
+groups, one for each part that a mesh splits a batch into, and have the pages of their own group: no
+row is read from another device. Page 0 of each group is no row's: there stands, and goes, what no
+one reads.
 
 Source: arXiv 2309.06180 (PagedAttention).
 """
@@ -33,47 +34,54 @@ class PoolShape(NamedTuple):
 
 
 def read_pages(
-    pool: Shaped[Array, 'G N page *rest'], table: Int[Array, 'G R P']
-) -> Shaped[Array, 'B S *rest']:
-    """Returns the slots of every row side by side: `B = G R` rows of `S = P page`."""
+    pool: Shaped[Array, 'G N *page'], table: Int[Array, 'G R P'], axis: int = 1
+) -> Shaped[Array, 'B *row']:
+    """Returns the slots of every row side by side, along `axis`: `B = G R` rows of `S = P page`."""
 
     def read(pages: Array, ids: Array) -> Array:
         return pages.at[ids].get(mode='promise_in_bounds')
 
-    (G, R, P), page = table.shape, pool.shape[2]
-    return jax.vmap(read)(pool, table).reshape(G * R, P * page, *pool.shape[3:])
+    (G, R, P), page = table.shape, pool.shape[axis + 1]
+    pages = jax.vmap(read)(pool, table).reshape(G * R, P, *pool.shape[2:])
+    rows = jnp.moveaxis(pages, 1, axis)
+    return rows.reshape(*rows.shape[:axis], P * page, *rows.shape[axis + 2 :])
 
 
 def write_pages(
-    pool: Shaped[Array, 'G N page *rest'],
-    new: Shaped[Array, 'B T *rest'],
+    pool: Shaped[Array, 'G N *page'],
+    new: Shaped[Array, 'B *new'],
     start: Int[Array, 'B'],
     table: Int[Array, 'G R P'],
-) -> Shaped[Array, 'G N page *rest']:
+    axis: int = 1,
+) -> Shaped[Array, 'G N *page']:
     """Writes `new` over each row's slots from `start` on, which the table must have."""
+    before = (slice(None),) * (axis - 1)
 
     def write(pages: Array, ids: Array, places: Array, values: Array) -> Array:
-        return pages.at[ids, places].set(values, mode='promise_in_bounds')
+        return pages.at[(ids, *before, places)].set(values, mode='promise_in_bounds')
 
-    (G, R, _), page, T = table.shape, pool.shape[2], new.shape[1]
+    (G, R, _), page, T = table.shape, pool.shape[axis + 1], new.shape[axis]
     slots = (start[:, None] + jnp.arange(T)).reshape(G, R, T)
     ids = jnp.take_along_axis(table, slots // page, axis=2)
-    values = new.astype(pool.dtype).reshape(G, R, T, *new.shape[2:])
-    return jax.vmap(write)(pool, ids, slots % page, values)
+    # Where an array is indexed along several axes, theirs come first.
+    values = jnp.moveaxis(new.astype(pool.dtype), axis, 1)
+    return jax.vmap(write)(pool, ids, slots % page, values.reshape(G, R, *values.shape[1:]))
 
 
 def enter_pages(
-    pool: Shaped[Array, 'G N page *rest'],
-    rows: Shaped[Array, 'F S *rest'],
+    pool: Shaped[Array, 'G N *page'],
+    rows: Shaped[Array, 'F *row'],
     at: Int[Array, 'F'],
     table: Int[Array, 'G R P'],
-) -> Shaped[Array, 'G N page *rest']:
+    axis: int = 1,
+) -> Shaped[Array, 'G N *page']:
     """Writes whole rows, as far as the table goes, over those in some places; `B` is nowhere."""
-    (G, R, P), page, S = table.shape, pool.shape[2], rows.shape[1]
+    (G, R, P), page, S = table.shape, pool.shape[axis + 1], rows.shape[axis]
     count = min(P, S // page)
-    values = rows[:, : count * page].reshape(-1, count, page, *rows.shape[2:])
+    values = jax.lax.slice_in_dim(rows, 0, count * page, axis=axis).astype(pool.dtype)
+    values = values.reshape(*rows.shape[:axis], count, page, *rows.shape[axis + 1 :])
     ids = table.reshape(G * R, P)[jnp.minimum(at, G * R - 1), :count]
-    return pool.at[at[:, None] // R, ids].set(values.astype(pool.dtype), mode='drop')
+    return pool.at[at[:, None] // R, ids].set(jnp.moveaxis(values, axis, 1), mode='drop')
 
 
 class PageTable:

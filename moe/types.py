@@ -29,7 +29,7 @@ class RouterOutput:
 
 @flax.struct.dataclass
 class KeyValueCache:
-    """Keys and values that one layer keeps.
+    """Keys and values that one layer keeps, laid out as the products of a new token read them.
 
     Attributes:
         keys: of `S` tokens from the first on, or, where queries see a window, of the last `S`:
@@ -37,8 +37,8 @@ class KeyValueCache:
         values: likewise.
     """
 
-    keys: Float[Array, 'B S Hkv Dh']
-    values: Float[Array, 'B S Hkv Dh']
+    keys: Float[Array, 'B Hkv Dh S']
+    values: Float[Array, 'B Hkv S Dh']
 
 
 @flax.struct.dataclass
@@ -67,8 +67,9 @@ class KVCache:
         length: slots of each row filled so far; its next token is written here.
         slack: how many slots more than their window the rings of windowed layers have.
         table: of a cache in pages, see `moe.pages`: the pages that each row's slots are in. Keys,
-            values and latents of layers without a window are then pools [G, N, page, ...]; segment
-            ids, rings and states are of rows all the same. None where a row's slots lie in order.
+            values and latents of layers without a window are then pools [G, N, ...], each
+            page laid out as a row of as many slots; segment ids, rings and states are of rows all
+            the same. None where a row's slots lie in order.
     """
 
     layers: tuple[Any, ...]

@@ -18,7 +18,7 @@ from moe.attention_context import (
 )
 from moe.attention_kinds import empty_cache
 from moe.config import AttentionConfig, TransformerConfig, YarnScaling
-from moe.dot_product import dot_product_attention
+from moe.dot_product import dot_product_attention, laid_out
 from moe.rope import rope_frequencies
 
 YARN = YarnScaling(4.0, 8, beta_fast=2.0, beta_slow=0.2, truncate=False)
@@ -149,7 +149,7 @@ def test_blocks_and_their_backward_pass_equal_the_plain_formula(length, window, 
 
     def blocks(q, k, v, sinks=None):
         settings = {'causal': True, 'window': window, 'score_cap': cap, 'sinks': sinks}
-        return dot_product_attention(q, k, v, allowed, **settings)
+        return dot_product_attention(q, *laid_out(k, v), allowed, **settings)
 
     @jax.jit
     def both(*operands):
@@ -164,7 +164,9 @@ def test_blocks_and_their_backward_pass_equal_the_plain_formula(length, window, 
 
 
 def test_no_array_of_queries_by_keys_is_kept_for_the_backward_pass():
-    q, k, v = (jax.ShapeDtypeStruct((1, 512, 2, 4), jnp.float32),) * 3
+    q = jax.ShapeDtypeStruct((1, 512, 2, 4), jnp.float32)
+    k = jax.ShapeDtypeStruct((1, 2, 4, 512), jnp.float32)
+    v = jax.ShapeDtypeStruct((1, 2, 512, 4), jnp.float32)
     allowed = jax.ShapeDtypeStruct((1, 512, 512), bool)
 
     def residuals(q, k, v, allowed):
@@ -206,7 +208,8 @@ def test_an_empty_cache_has_the_shape_and_dtype_of_the_model():
     config = dataclasses.replace(config_of(AttentionConfig(4, 2, 6)), dtype='bfloat16')
     cache = empty_cache(config, 3, 10)
     (layers,) = cache.layers
-    assert layers.keys.shape == layers.values.shape == (1, 3, 10, 2, 6)
+    assert layers.keys.shape == (1, 3, 2, 6, 10)
+    assert layers.values.shape == (1, 3, 2, 10, 6)
     assert layers.keys.dtype == jnp.bfloat16
     np.testing.assert_array_equal(cache.length, [0, 0, 0])
     assert not cache.segment_ids.any()

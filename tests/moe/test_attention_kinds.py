@@ -115,15 +115,15 @@ def test_a_token_of_latent_attention_is_decoded_absorbed_and_a_text_read_expande
 def test_caches_hold_what_is_used():
     cache = empty_cache(MIXED, 3, 40, 'bfloat16')
     sliding, latent, linear, full_attention, _ = cache.layers
-    assert sliding.keys.shape == (1, 3, 3, 2, 8)
+    assert sliding.keys.shape == (1, 3, 2, 8, 3)
     assert latent.latents.shape == (1, 3, 40, 10)
     assert linear.state.shape == (1, 3, 2, 4, 6)
     assert linear.state.dtype == jnp.float32
-    assert full_attention.values.shape == (1, 3, 40, 1, 8)
+    assert full_attention.values.shape == (1, 3, 1, 40, 8)
     assert full_attention.values.dtype == jnp.bfloat16
-    assert empty_cache(MIXED, 1, 2).layers[0].keys.shape[2] == 2
+    assert empty_cache(MIXED, 1, 2).layers[0].keys.shape[4] == 2
     repeated = dataclasses.replace(SMALL, attention=(SLIDING, GLOBAL), num_layers=6)
-    assert empty_cache(repeated, 2, 9).layers[0].keys.shape == (3, 2, 3, 2, 8)
+    assert empty_cache(repeated, 2, 9).layers[0].keys.shape == (3, 2, 2, 8, 3)
 
 
 def test_layers_take_the_kinds_in_turn_and_are_scanned_by_their_period():

@@ -278,11 +278,11 @@ def test_a_cache_is_split_by_rows_and_heads():
     shardings = cache_shardings(config, cache, mesh)
     pieces = jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), cache, shardings)
     window, linear, latent, grouped = pieces.layers
-    assert window.keys == (2, 5, 1, 8)
+    assert window.keys == (2, 1, 8, 5)
     assert linear.state == (2, 2, 4, 6)
     assert linear.conv == (2, 3, 2, 14)
     assert latent.latents == (2, 16, 10)
-    assert grouped.values == (2, 16, 1, 8)
+    assert grouped.values == (2, 1, 16, 8)
     assert pieces.segment_ids == (2, 16)
     with pytest.raises(InputError, match='multiple of 4'):
         cache_shardings(config, jax.eval_shape(lambda: empty_cache(config, 6, 16)), mesh)

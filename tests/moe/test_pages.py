@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe.attention_kinds import empty_cache
-from moe.cache_layout import compacted, inserted, resized
+from moe.cache_layout import cache_axes, compacted, inserted, resized
 from moe.config import (
     AttentionConfig,
     LatentAttentionConfig,
@@ -37,19 +37,28 @@ def test_a_worked_case():
     assert entered[1, 1:].tolist() == [[1, 2], [7, 8]]  # of its second page nothing is held
 
 
-def test_pages_are_read_and_written_as_slots_in_order():
+@pytest.mark.parametrize('axis', [1, 2, 3])
+def test_pages_are_read_and_written_as_slots_in_order(axis):
     G, R, P, page, T = 2, 3, 4, 5, 7
     table = np.stack([1 + RNG.permutation(R * P).reshape(R, P) for _ in range(G)])
     pool = RNG.normal(size=(G, 1 + R * P, page, 2, 3)).astype(np.float32)
     new = RNG.normal(size=(G * R, T, 2, 3)).astype(np.float32)
     start = RNG.integers(0, P * page - T, G * R)
-    written = write_pages(jnp.asarray(pool), jnp.asarray(new), jnp.asarray(start), table)
+
+    def turned(x, slots=1):
+        return jnp.moveaxis(jnp.asarray(x), slots, slots + axis - 1)
+
+    written = write_pages(turned(pool, 2), turned(new), jnp.asarray(start), table, axis)
     rows = np.stack([pool[b // R, table[b // R, b % R]] for b in range(G * R)])
     rows = rows.reshape(G * R, P * page, 2, 3)
-    np.testing.assert_array_equal(read_pages(jnp.asarray(pool), table), rows)
+    np.testing.assert_array_equal(read_pages(turned(pool, 2), table, axis), turned(rows))
     for row, first, tokens in zip(rows, start, new, strict=True):
         row[first : first + T] = tokens
-    np.testing.assert_array_equal(read_pages(written, table), rows)
+    np.testing.assert_array_equal(read_pages(written, table, axis), turned(rows))
+    longer = np.concatenate([rows, np.zeros((G * R, 3, 2, 3), np.float32)], axis=1)
+    at = jnp.asarray([*range(1, G * R), 0])
+    entered = enter_pages(turned(pool, 2), turned(longer), at, table, axis)
+    np.testing.assert_array_equal(read_pages(entered, table, axis)[at], turned(rows))
 
 
 def test_no_page_is_of_two_rows_and_all_come_back():
@@ -127,28 +136,28 @@ def test_a_model_reads_pages_as_it_reads_slots_in_order(name):
     variables, tokens = init(jax.random.key(0)), jnp.asarray(RNG.integers(0, 24, (4, 12)))
     padding = jnp.asarray([0, 5, 2, 1])
     plain, paged = started(model, variables, tokens[:, :6], padding)
-    paged = dataclasses.replace(paged, layers=spoiled(paged))
+    paged = dataclasses.replace(paged, layers=spoiled(config, paged))
     for at in range(6, 12):
         expected, plain = one_token(model, variables, tokens[:, at : at + 1], plain)
         found, paged = one_token(model, variables, tokens[:, at : at + 1], paged)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def spoiled(cache):
+def spoiled(config, cache):
     """Returns layers in whose pages everything that is not a row's own tokens is not a number."""
     slots = np.arange(12) < np.asarray(cache.length)[:, None]
     own = np.zeros((2, 11, 4), bool)
     for group, table in enumerate(np.asarray(cache.table)):
         own[group, table] = slots.reshape(2, 2, 3, 4)[group]
 
-    def spoil(leaf):
-        for leading in (0, 1):  # of one layer, or of several
-            if leaf.shape[leading : leading + 3] == own.shape:
-                mask = own.reshape(*own.shape, *(1,) * (leaf.ndim - leading - 3))
-                return jnp.where(mask, leaf, jnp.nan)
-        return leaf
+    def spoil(leaf, axes):
+        if 'pages' not in axes:
+            return leaf
+        places = [axes.index(name) for name in ('batch', 'pages', 'length')]
+        others = [at for at in range(leaf.ndim) if at not in places]
+        return jnp.where(np.expand_dims(own, others), leaf, jnp.nan)
 
-    return jax.tree.map(spoil, cache.layers)
+    return jax.tree.map(spoil, cache.layers, cache_axes(config, paged=True).layers)
 
 
 @functools.partial(jax.jit, static_argnums=0)
