@@ -72,7 +72,7 @@ def program_of(function, *operands):
 @pytest.mark.parametrize(
     'sizes', [[2, 0, 5, 1, 3], [0, 0, 11, 0, 0], [1, 2, 0, 0, 4], [0] * 5, [0, 0, 0, 0, 11]]
 )
-@pytest.mark.parametrize(('depth', 'width'), [(19, 37), (8, 512), (3, 520), (24, 1)])
+@pytest.mark.parametrize(('depth', 'width'), [(19, 37), (8, 512), (3, 520), (24, 1), (150, 9)])
 def test_every_row_meets_its_own_matrix(depth, width, sizes, processors, monkeypatch):
     monkeypatch.setattr(compiled_rows, '_processors', lambda: processors)
     rows = RNG.normal(size=(M, depth)).astype(np.float32)
