@@ -24,7 +24,7 @@ from moe.quantised import Kernel, Quantised
 
 LEAST_BYTES = 1 << 24  # of the matrices; with fewer, waking threads can cost what they save
 READING = 5  # rows that a column is multiplied by in the time in which it is read
-DEPTH = 64  # of a block that an expert's rows take in turn, out of the processor's own cache
+BLOCK = 8  # matrix rows of an eighth that an expert's rows take in turn, out of the cache
 
 
 def fits(rows: Array, gate_up: Kernel, down: Kernel) -> bool:
@@ -134,17 +134,21 @@ def _loop() -> Callable[..., None]:
     floats, integers = numba.types.float32, numba.types.int32
     index = numba.types.uintp  # one with a sign could count from the end
 
-    # The vectoriser takes a loop whose output has to be told from up to eight inputs.
+    # The vectoriser takes a loop whose output has to be told from up to eight inputs. They lie an
+    # eighth of the matrix apart, so that each is read on from where it was left, which processors
+    # fetch ahead: eight neighbouring rows of 2 KB are read at three quarters of the speed.
     @numba.njit(fastmath=fast, inline='never')
-    def add_eights(out, rows, matrix, row, start, end, first, last):
-        for k in range(start, end, 8):
-            a, b, c, d = rows[row, k], rows[row, k + 1], rows[row, k + 2], rows[row, k + 3]
-            e, f, g, h = rows[row, k + 4], rows[row, k + 5], rows[row, k + 6], rows[row, k + 7]
+    def add_eights(out, rows, matrix, row, start, end, eighth, first, last):
+        for k in range(start, end):
+            k1, k2, k3, k4 = k + eighth, k + 2 * eighth, k + 3 * eighth, k + 4 * eighth
+            k5, k6, k7 = k + 5 * eighth, k + 6 * eighth, k + 7 * eighth
+            a, b, c, d = rows[row, k], rows[row, k1], rows[row, k2], rows[row, k3]
+            e, f, g, h = rows[row, k4], rows[row, k5], rows[row, k6], rows[row, k7]
             for n in range(first, last):
-                ab = a * matrix[k, n] + b * matrix[k + 1, n]
-                cd = c * matrix[k + 2, n] + d * matrix[k + 3, n]
-                ef = e * matrix[k + 4, n] + f * matrix[k + 5, n]
-                gh = g * matrix[k + 6, n] + h * matrix[k + 7, n]
+                ab = a * matrix[k, n] + b * matrix[k1, n]
+                cd = c * matrix[k2, n] + d * matrix[k3, n]
+                ef = e * matrix[k4, n] + f * matrix[k5, n]
+                gh = g * matrix[k6, n] + h * matrix[k7, n]
                 out[row, n] += (ab + cd) + (ef + gh)
 
     @numba.njit(fastmath=fast, inline='never')
@@ -158,7 +162,7 @@ def _loop() -> Callable[..., None]:
         for size in sizes:
             length += width * (size + READING) if size > 0 else 0
         start, end = length * part // parts, length * (part + 1) // parts
-        eights = depth - depth % 8
+        eighth = index(depth // 8)
         row, done = 0, 0
         for group in range(len(sizes)):
             rows_end = min(row + sizes[group], len(rows))
@@ -167,11 +171,11 @@ def _loop() -> Callable[..., None]:
             if row < rows_end and first < last:
                 out[row:rows_end, first:last] = 0
                 matrix, first, last = matrices[group], index(first), index(last)
-                for k in range(0, eights, DEPTH):
-                    stop = index(min(k + DEPTH, eights))
+                for k in range(0, eighth, BLOCK):
+                    stop = index(min(k + BLOCK, eighth))
                     for r in range(row, rows_end):
-                        add_eights(out, rows, matrix, index(r), index(k), stop, first, last)
-                for k in range(eights, depth):
+                        add_eights(out, rows, matrix, index(r), index(k), stop, eighth, first, last)
+                for k in range(8 * eighth, depth):
                     for r in range(row, rows_end):
                         add_one(out, rows, matrix, index(r), index(k), first, last)
             done += width * takes if sizes[group] > 0 else 0

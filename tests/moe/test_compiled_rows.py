@@ -256,5 +256,5 @@ def test_a_model_writes_as_with_the_other_loop(mesh, monkeypatch):
     jax.clear_caches()
     assert found[3] > 0
     np.testing.assert_array_equal(found[0], tokens)
-    np.testing.assert_allclose(found[1], log_probs, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found[2], logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[1], log_probs, atol=1e-4)
+    np.testing.assert_allclose(found[2], logits, atol=1e-4)
