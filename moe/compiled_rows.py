@@ -24,6 +24,7 @@ from moe.quantised import Kernel, Quantised
 
 LEAST_BYTES = 1 << 24  # of the matrices; with fewer, waking threads can cost what they save
 READING = 5  # rows that a column is multiplied by in the time in which it is read
+LEAD = 1 << 21  # products of numbers, reading among them, in the time in which a thread wakes
 BLOCK = 8  # matrix rows of an eighth that an expert's rows take in turn, out of the cache
 
 
@@ -125,7 +126,7 @@ def _loop() -> Callable[..., None]:
     """Compiles the loop over one of several equal parts of a product.
 
     The columns of all experts that have rows are laid end to end, each as long as it takes: a part
-    is a stretch of them.
+    is a stretch of them, the first longer by what its thread does while the others wake.
     """
     import numba
 
@@ -161,7 +162,9 @@ def _loop() -> Callable[..., None]:
         depth, width, length = matrices.shape[1], matrices.shape[2], 0
         for size in sizes:
             length += width * (size + READING) if size > 0 else 0
-        start, end = length * part // parts, length * (part + 1) // parts
+        lead = min(LEAD // depth, length)
+        start = lead + (length - lead) * part // parts if part > 0 else 0
+        end = lead + (length - lead) * (part + 1) // parts
         eighth = index(depth // 8)
         row, done = 0, 0
         for group in range(len(sizes)):
