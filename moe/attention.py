@@ -175,9 +175,9 @@ def extend_ring(
 
 
 def _extended(
-    cache: KeyValueCache, keys: Array, values: Array, extend: Callable[..., tuple[Array, Array]]
+    cache: KeyValueCache, keys: Array, values: Array, write: Callable[..., tuple[Array, Array]]
 ) -> tuple[Array, Array, KeyValueCache]:
     """Extends both, each along its own axis of slots."""
-    keys, kept_keys = extend(cache.keys, keys, 3)
-    values, kept_values = extend(cache.values, values, 2)
+    keys, kept_keys = write(cache.keys, keys, 3)
+    values, kept_values = write(cache.values, values, 2)
     return keys, values, KeyValueCache(kept_keys, kept_values)

@@ -27,8 +27,8 @@ def write_rows(
         return jax.lax.dynamic_update_slice_in_dim(slots, new, start[0], axis)
     if axis == 1:
         return jax.vmap(_write_row)(slots, new, start)
-    # For each head too: XLA for CPUs fuses a single write into all that read the row, and then
-    # copies the row for each of them; a scatter it leaves alone.
+    # For each head too, because of CPUs: XLA fuses a single write into all that read the row there,
+    # and then copies the row for each of them; a scatter it leaves alone.
     head = functools.partial(_write_row, axis=axis - 2)
     starts = jnp.broadcast_to(start[:, None], slots.shape[:2])
     return jax.vmap(jax.vmap(head))(slots, new, starts)

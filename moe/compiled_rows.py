@@ -1,13 +1,14 @@
 """Experts of few rows each on a CPU, by a loop that Numba compiles (the extra `cpu`).
 
 XLA copies an expert out of its stack before it multiplies by it. This loop reads every expert that
-has rows where it lies, once, on each processor that the process may use. Its calls take Python's
-lock: a thread of Python that computes without a pause delays each of them by milliseconds.
+has rows where it lies, once, on all processors that the process may use. Its calls take Python's
+lock: a thread of Python that computes without a pause delays each of them by milliseconds. JAX
+keeps no program that calls Python in its cache on disk: those with this loop are compiled anew in
+each process.
 """
 
 import concurrent.futures
 import functools
-import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -41,8 +42,18 @@ def fits(rows: Array, gate_up: Kernel, down: Kernel) -> bool:
     return (
         all(each.dtype == jnp.float32 for each in (rows, gate_up, down))
         and 4 * (gate_up.size + down.size) >= LEAST_BYTES
-        and importlib.util.find_spec('numba') is not None
+        and _has_numba()
     )
+
+
+@functools.cache
+def _has_numba() -> bool:
+    """Whether Numba can be imported: a NumPy that is too new for it stands in its way too."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def compiled_rows_mlp(
@@ -79,7 +90,8 @@ def grouped_product(
     """
     _loop()  # compiled here: while a program runs, a thread of XLA's would wait for it
     shape = jax.ShapeDtypeStruct((rows.shape[0], matrices.shape[2]), rows.dtype)
-    out = buffer_callback(_run, shape)(rows, matrices, group_sizes.astype(jnp.int32))
+    call = buffer_callback(_run, shape)
+    out = call(rows, matrices, group_sizes.astype(jnp.int32))
     varying = jax.typeof(rows).manual_axis_type.varying
     return jax.lax.pcast(out, tuple(varying), to='varying')
 
@@ -98,12 +110,16 @@ def multiply(rows: np.ndarray, matrices: np.ndarray, sizes: np.ndarray, out: np.
         sizes: rows of each group, [E] int32.
         out: [M, N] float32; all of it is written.
     """
-    loop, parts = _loop(), min(_processors(), len(rows))
-    others = [
-        _threads(os.getpid()).submit(loop, rows, matrices, sizes, out, part, parts)
-        for part in range(1, parts)
-    ]
-    loop(rows, matrices, sizes, out, 0, parts)
+    loop, parts, lead = _loop(), _processors(), LEAD // max(rows.shape[1], 1)
+    others: list[concurrent.futures.Future[None]] = []
+    try:
+        for part in range(1, parts):
+            work = loop, rows, matrices, sizes, out, part, parts, lead
+            others.append(_threads(os.getpid()).submit(*work))
+        loop(rows, matrices, sizes, out, 0, parts, lead)
+    finally:
+        # Whatever interrupts this thread: the arrays are XLA's, which takes them back after it.
+        concurrent.futures.wait(others)
     for other in others:
         other.result()
 
@@ -141,8 +157,13 @@ def _loop() -> Callable[..., None]:
     @numba.njit(fastmath=fast, inline='never')
     def add_eights(out, rows, matrix, row, start, end, eighth, first, last):
         for k in range(start, end):
-            k1, k2, k3, k4 = k + eighth, k + 2 * eighth, k + 3 * eighth, k + 4 * eighth
-            k5, k6, k7 = k + 5 * eighth, k + 6 * eighth, k + 7 * eighth
+            k1 = k + eighth
+            k2 = k1 + eighth
+            k3 = k2 + eighth
+            k4 = k3 + eighth
+            k5 = k4 + eighth
+            k6 = k5 + eighth
+            k7 = k6 + eighth
             a, b, c, d = rows[row, k], rows[row, k1], rows[row, k2], rows[row, k3]
             e, f, g, h = rows[row, k4], rows[row, k5], rows[row, k6], rows[row, k7]
             for n in range(first, last):
@@ -158,11 +179,11 @@ def _loop() -> Callable[..., None]:
         for n in range(first, last):
             out[row, n] += a * matrix[k, n]
 
-    def loop(rows, matrices, sizes, out, part, parts):
+    def loop(rows, matrices, sizes, out, part, parts, lead):
         depth, width, length = matrices.shape[1], matrices.shape[2], 0
         for size in sizes:
             length += width * (size + READING) if size > 0 else 0
-        lead = min(LEAD // depth, length)
+        lead = min(lead, length)
         start = lead + (length - lead) * part // parts if part > 0 else 0
         end = lead + (length - lead) * (part + 1) // parts
         eighth = index(depth // 8)
@@ -196,5 +217,5 @@ def _loop() -> Callable[..., None]:
         )
     ]
     number = numba.types.intp
-    signature = numba.types.void(*arrays, number, number)
+    signature = numba.types.void(*arrays, number, number, number)
     return numba.njit(signature, nogil=True)(loop)

@@ -188,7 +188,7 @@ def attend_absorbed(
     plain, rotary = jnp.split(queries, [config.nope_dim], axis=-1)
     plain = jnp.einsum('bthn,rhn->bthr', plain, key_up)
     queries = jnp.concatenate([plain, rotary], axis=-1)
-    # The values are the keys, not a slice of them, which would be a copy of the cache.
+    # The values are whole latents, not a slice of them, which would be a copy of the cache.
     keys, values = latents.swapaxes(1, 2)[:, None], latents[:, None]
     causal, scale = context.start is None, config.score_scale
     attended, highest = attention_and_highest(

@@ -34,7 +34,7 @@ class PoolShape(NamedTuple):
 
 
 def read_pages(
-    pool: Shaped[Array, 'G N *page'], table: Int[Array, 'G R P'], axis: int = 1
+    pool: Shaped[Array, 'G N *page'], table: Int[Array, 'G R P'], axis: int
 ) -> Shaped[Array, 'B *row']:
     """Returns the slots of every row side by side, along `axis`: `B = G R` rows of `S = P page`."""
 
@@ -52,7 +52,7 @@ def write_pages(
     new: Shaped[Array, 'B *new'],
     start: Int[Array, 'B'],
     table: Int[Array, 'G R P'],
-    axis: int = 1,
+    axis: int,
 ) -> Shaped[Array, 'G N *page']:
     """Writes `new` over each row's slots from `start` on, which the table must have."""
     before = (slice(None),) * (axis - 1)
@@ -63,7 +63,7 @@ def write_pages(
     (G, R, _), page, T = table.shape, pool.shape[axis + 1], new.shape[axis]
     slots = (start[:, None] + jnp.arange(T)).reshape(G, R, T)
     ids = jnp.take_along_axis(table, slots // page, axis=2)
-    # Where an array is indexed along several axes, theirs come first.
+    # What is taken by indices along axes apart comes first.
     values = jnp.moveaxis(new.astype(pool.dtype), axis, 1)
     return jax.vmap(write)(pool, ids, slots % page, values.reshape(G, R, *values.shape[1:]))
 
@@ -73,7 +73,7 @@ def enter_pages(
     rows: Shaped[Array, 'F *row'],
     at: Int[Array, 'F'],
     table: Int[Array, 'G R P'],
-    axis: int = 1,
+    axis: int,
 ) -> Shaped[Array, 'G N *page']:
     """Writes whole rows, as far as the table goes, over those in some places; `B` is nowhere."""
     (G, R, P), page, S = table.shape, pool.shape[axis + 1], rows.shape[axis]

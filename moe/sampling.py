@@ -99,16 +99,8 @@ def filter_logits(logits: Float[Array, 'B V'], rows: SamplingRows) -> Float[Arra
     # A sort of the vocabulary costs more than all the rest: only where a row asks for it.
     kept = jax.lax.cond(ranked.any(), _keep_ranked, _keep_all, scaled, rows)
     kept &= scaled >= scaled.max(axis=-1, keepdims=True) + jnp.log(rows.min_p)[:, None]
-    likeliest = _likeliest(logits)[:, None] == jnp.arange(logits.shape[-1])
+    likeliest = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
     return jnp.where(jnp.where(greedy[:, None], likeliest, kept), scaled, -jnp.inf)
-
-
-def _likeliest(logits: Float[Array, 'B V']) -> Int[Array, 'B']:
-    # `argmax` is a reduction of pairs, which XLA does not vectorise on CPUs: two plain ones take a
-    # fifth of its time.
-    V = logits.shape[-1]
-    highest = logits == logits.max(axis=-1, keepdims=True)
-    return jnp.where(highest, jnp.arange(V), V - 1).min(axis=-1)
 
 
 def _keep_all(scaled: Array, rows: SamplingRows) -> Bool[Array, 'B V']:
@@ -135,8 +127,15 @@ def sample(
     def draw(logits: Array) -> Array:
         return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, rows))
 
+    def likeliest(logits: Array) -> Array:
+        # `argmax` is a reduction of pairs, which XLA does not vectorise on CPUs: two plain ones
+        # take a fifth of its time.
+        highest = logits == logits.max(axis=-1, keepdims=True)
+        ids = jnp.arange(logits.shape[-1])
+        return jnp.where(highest, ids, ids[-1]).min(axis=-1)
+
     greedy = (rows.temperature == 0).all()
-    return jax.lax.cond(greedy, _likeliest, draw, logits).astype(jnp.int32)
+    return jax.lax.cond(greedy, likeliest, draw, logits).astype(jnp.int32)
 
 
 def log_probs_of(

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import importlib.util
 import subprocess
 import sys
 
@@ -36,16 +35,17 @@ def small(monkeypatch: pytest.MonkeyPatch):
     """Has the loop take matrices that the caches would hold."""
     jax.clear_caches()
     monkeypatch.setattr(compiled_rows, 'LEAST_BYTES', 0)
+    monkeypatch.setattr(compiled_rows, 'LEAD', 0)
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch, small: None):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, 'find_spec', lambda name, *of: None if name == 'numba' else find(name, *of)
-    )
+    monkeypatch.setitem(sys.modules, 'numba', None)
+    compiled_rows._has_numba.cache_clear()
+    yield
+    compiled_rows._has_numba.cache_clear()
 
 
 def product(rows, matrices, sizes):
@@ -68,12 +68,15 @@ def program_of(function, *operands):
     return jax.jit(lambda *operands: function(*operands)).lower(*operands).as_text()
 
 
-@pytest.mark.parametrize('processors', [1, 2, 3, 16])
+@pytest.mark.parametrize(
+    ('processors', 'lead'), [(1, 0), (2, 0), (3, 0), (16, 0), (2, 2000), (3, 1 << 21)]
+)
 @pytest.mark.parametrize(
     'sizes', [[2, 0, 5, 1, 3], [0, 0, 11, 0, 0], [1, 2, 0, 0, 4], [0] * 5, [0, 0, 0, 0, 11]]
 )
 @pytest.mark.parametrize(('depth', 'width'), [(19, 37), (8, 512), (3, 520), (24, 1), (150, 9)])
-def test_every_row_meets_its_own_matrix(depth, width, sizes, processors, monkeypatch):
+def test_every_row_meets_its_own_matrix(depth, width, sizes, processors, lead, monkeypatch):
+    monkeypatch.setattr(compiled_rows, 'LEAD', lead)
     monkeypatch.setattr(compiled_rows, '_processors', lambda: processors)
     rows = RNG.normal(size=(M, depth)).astype(np.float32)
     matrices = RNG.normal(size=(E, depth, width)).astype(np.float32)
@@ -128,11 +131,12 @@ def test_without_numba_there_is_no_such_loop(without_numba):
 
 
 def test_gradients_are_those_of_the_other_loop(small):
-    """Also where the pass is computed anew, whose first trace holds the compiled loop."""
+    """Also where the pass is computed anew, which holds the compiled loop without a gradient."""
 
     def loss(rows):
         return (run(SIZES, rows) ** 2).sum()
 
+    assert CALL in program_of(jax.checkpoint(loss), ARRAYS[0])
     found = jax.jit(jax.grad(jax.checkpoint(loss)))(ARRAYS[0])
     step, along = 1e-4, RNG.normal(size=ROWS.shape)
     ends = []
@@ -182,7 +186,7 @@ import os, signal, sys
 import numpy as np
 from moe import compiled_rows
 assert 'numba' not in sys.modules
-compiled_rows._processors = lambda: 2
+compiled_rows._processors, compiled_rows.LEAD = lambda: 2, 0
 rows, matrices = np.ones((4, 8), np.float32), np.ones((2, 8, 8), np.float32)
 
 def multiply():
@@ -247,6 +251,7 @@ def test_a_model_writes_as_with_the_other_loop(mesh, monkeypatch):
     tokens, log_probs, logits = expected()
     jax.clear_caches()
     monkeypatch.setattr(compiled_rows, 'LEAST_BYTES', 0)
+    monkeypatch.setattr(compiled_rows, 'LEAD', 0)
     model, variables = Transformer(CONFIG), drawn()
     if mesh is not None:
         model = model.clone(mesh=make_mesh(mesh))

@@ -27,12 +27,13 @@ def test_a_worked_case():
     # Two groups of one row each, of two pages with two slots; page 0 is no one's.
     pool = jnp.asarray([[[0, 0], [1, 2], [3, 4]], [[0, 0], [5, 6], [7, 8]]])
     table = jnp.asarray([[[2, 1]], [[1, 0]]])
-    assert read_pages(pool, table).tolist() == [[3, 4, 1, 2], [5, 6, 0, 0]]
-    written = write_pages(pool, jnp.asarray([[10, 20], [30, 40]]), jnp.asarray([1, 0]), table)
+    assert read_pages(pool, table, axis=1).tolist() == [[3, 4, 1, 2], [5, 6, 0, 0]]
+    new, start = jnp.asarray([[10, 20], [30, 40]]), jnp.asarray([1, 0])
+    written = write_pages(pool, new, start, table, axis=1)
     # Slots 1 and 2 of the first row: the end of page 2, the start of page 1.
     assert written.tolist() == [[[0, 0], [20, 2], [3, 10]], [[0, 0], [30, 40], [7, 8]]]
     rows = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]])
-    entered = enter_pages(pool, rows, jnp.asarray([1, 0, 2]), table)
+    entered = enter_pages(pool, rows, jnp.asarray([1, 0, 2]), table, axis=1)
     assert entered[0, 1:].tolist() == [[7, 8], [5, 6]]
     assert entered[1, 1:].tolist() == [[1, 2], [7, 8]]  # of its second page nothing is held
 
