@@ -5,12 +5,13 @@ Both are in the extra `hf-test`, and imported where they are used.
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from moe.processors import processors
 
 
 def missing() -> tuple[str, ...]:
@@ -47,7 +48,7 @@ def steps(params: Mapping[str, Any], x: jax.Array, k: int) -> dict[str, Callable
         input and of every parameter, as a list.
     """
     torch, _ = _modules()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(processors())
     _, hidden, dim = params['down'].shape
     block = _block(params, k)
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 import keyword
 import math
-import os
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from experiments.context import Context
 from experiments.samples import write_samples
 from experiments.watch import progress_line
 from moe.accounting import bytes_per_token, flops_per_token, parameter_report
+from moe.processors import processors
 from moe.sharding import batch_sharding
 from moe.transformer import Transformer
 
@@ -192,14 +192,7 @@ def _small_machines() -> int:
 
     Within a family of machines the list price is in proportion to them.
     """
-    return jax.process_count() * math.ceil(_processors() / 2)
-
-
-def _processors() -> int:
-    """How many virtual CPUs this process may use, where the system says so."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 2
+    return jax.process_count() * math.ceil(processors() / 2)
 
 
 def _dollars(row: dict[str, Any]) -> float | None:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.config import Activation
 from moe.expert_mlp import weighted_hidden
+from moe.processors import processors
 from moe.quantised import Kernel, Quantised
 
 LEAST_BYTES = 1 << 24  # of the matrices; with fewer, waking threads can cost what they save
@@ -110,7 +111,7 @@ def multiply(rows: np.ndarray, matrices: np.ndarray, sizes: np.ndarray, out: np.
         sizes: rows of each group, [E] int32.
         out: [M, N] float32; all of it is written.
     """
-    loop, parts, lead = _loop(), _processors(), LEAD // max(rows.shape[1], 1)
+    loop, parts, lead = _loop(), processors(), LEAD // max(rows.shape[1], 1)
     others: list[concurrent.futures.Future[None]] = []
     try:
         for part in range(1, parts):
@@ -124,17 +125,10 @@ def multiply(rows: np.ndarray, matrices: np.ndarray, sizes: np.ndarray, out: np.
         other.result()
 
 
-def _processors() -> int:
-    """How many processors this process may use, where the system says so."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @functools.cache
 def _threads(process: int) -> concurrent.futures.ThreadPoolExecutor:
     """The threads of a process beside those that call: a fork has none of its parent's."""
-    return concurrent.futures.ThreadPoolExecutor(max(1, _processors() - 1), 'experts')
+    return concurrent.futures.ThreadPoolExecutor(max(1, processors() - 1), 'experts')
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def program_of(function, *operands):
 @pytest.mark.parametrize(('depth', 'width'), [(19, 37), (8, 512), (3, 520), (24, 1), (150, 9)])
 def test_every_row_meets_its_own_matrix(depth, width, sizes, processors, lead, monkeypatch):
     monkeypatch.setattr(compiled_rows, 'LEAD', lead)
-    monkeypatch.setattr(compiled_rows, '_processors', lambda: processors)
+    monkeypatch.setattr(compiled_rows, 'processors', lambda: processors)
     rows = RNG.normal(size=(M, depth)).astype(np.float32)
     matrices = RNG.normal(size=(E, depth, width)).astype(np.float32)
     out = np.full((M, width), np.nan, np.float32)
@@ -186,7 +186,7 @@ import os, signal, sys
 import numpy as np
 from moe import compiled_rows
 assert 'numba' not in sys.modules
-compiled_rows._processors, compiled_rows.LEAD = lambda: 2, 0
+compiled_rows.processors, compiled_rows.LEAD = lambda: 2, 0
 rows, matrices = np.ones((4, 8), np.float32), np.ones((2, 8, 8), np.float32)
 
 def multiply():
